@@ -1,0 +1,190 @@
+"""Images in memory as uint8 (N, C, H, W) and labels as int64 (N,).
+
+Four data sets through torchvision, a folder of the user's own, and `glyphs`, digits drawn by code.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# (module attribute, images in train and test)
+PUBLIC = {
+    "mnist": ("MNIST", 60_000, 10_000),
+    "fmnist": ("FashionMNIST", 60_000, 10_000),
+    "cifar10": ("CIFAR10", 50_000, 10_000),
+    "svhn": ("SVHN", 73_257, 26_032),
+}
+CLASSES = {
+    "fmnist": "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split(),
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+}
+
+
+class DataError(Exception):
+    """Data that is absent, damaged or of the wrong shape; the message says what to do."""
+
+
+def class_names(name: str, data_dir: str, num_classes: int) -> list[str]:
+    """What the labels stand for, in their order."""
+    if name == "folder":
+        return sorted(p.name for p in (Path(data_dir) / "train").iterdir() if p.is_dir())
+    return CLASSES.get(name) or [str(k) for k in range(num_classes)]
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 pixels -> float32 in [-1, 1], the range of EBMs."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def load(
+    name: str, split: str, data_dir: str = "data", image_shape=None, extra: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Images (N, C, H, W) uint8 and labels (N,) int64 of `split` ("train" or "test").
+
+    `image_shape` (C, H, W) is what a folder's images are scaled to and what the others are checked
+    against; `extra` adds SVHN's extra images to its training set. Raises DataError.
+    """
+    if name == "glyphs":
+        images, labels = glyphs(split)
+    elif name == "folder":
+        images, labels = _folder(Path(data_dir), split, image_shape)
+    else:
+        images, labels = _public(name, split, data_dir)
+        if extra and name == "svhn" and split == "train":
+            more = _public(name, "extra", data_dir)
+            images, labels = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
+    if image_shape is not None and tuple(images.shape[1:]) != tuple(image_shape):
+        raise DataError(
+            f"{name} has images of {'x'.join(map(str, images.shape[1:]))} (channels x height x "
+            f"width), the configuration asks for {'x'.join(map(str, image_shape))}: set data.image"
+        )
+    return images, labels
+
+
+def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
+    from torchvision import datasets
+
+    kind, *counts = PUBLIC[name]
+    which = {"split": split} if name == "svhn" else {"train": split == "train"}
+    where = f"{kind} ({split}) in {data_dir}"
+    found = getattr(datasets, kind)
+    try:
+        try:
+            data = found(data_dir, download=False, **which)
+        except RuntimeError:  # torchvision: "Dataset not found or corrupted"
+            print(f"{where} is absent or incomplete: downloading")
+            data = found(data_dir, download=True, **which)
+    except Exception as error:  # torchvision raises whatever its parsers and the network raise
+        raise DataError(
+            f"cannot read or download {where}: {str(error).splitlines()[0] if str(error) else error!r}"
+            ". Check the network and --data-dir, or delete the damaged files and start again"
+        ) from error
+    images = torch.as_tensor(data.data)
+    if name == "cifar10":
+        images = images.permute(0, 3, 1, 2).contiguous()
+    elif images.dim() == 3:
+        images = images[:, None]
+    labels = torch.as_tensor(data.labels if name == "svhn" else data.targets).long()
+    expected = dict(zip(("train", "test"), counts, strict=True)).get(split)
+    if len(images) != len(labels) or expected not in (None, len(images)):
+        raise DataError(
+            f"{where} has {len(images)} images and {len(labels)} labels, not {expected}: "
+            "delete its files and start again to download them anew"
+        )
+    return images, labels
+
+
+def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
+    import numpy as np
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+
+    channels, height, width = image_shape
+    if not (root / split).is_dir():
+        raise DataError(f"{root / split} is not a folder: images belong in {root}/train/CLASS/ and "
+                        f"{root}/test/CLASS/ (--data-dir {root})")
+    try:
+        found = ImageFolder(root / split)
+        classes = found.classes if split == "train" else ImageFolder(root / "train").classes
+    except (FileNotFoundError, OSError) as error:  # no classes, or a class without images
+        raise DataError(f"{root / split}: {str(error).splitlines()[0]}") from error
+    if found.classes != classes:
+        raise DataError(f"{root}: train has the classes {', '.join(classes)}, {split} has "
+                        f"{', '.join(found.classes)}; they have to be the same")
+    images = torch.empty(len(found), channels, height, width, dtype=torch.uint8)
+    for i, (path, _) in enumerate(found.samples):
+        try:
+            with Image.open(path) as picture:
+                picture = picture.convert("L" if channels == 1 else "RGB")
+                pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path} cannot be read ({error}): replace or delete it") from error
+        images[i] = torch.tensor(pixels).reshape(height, width, channels).permute(2, 0, 1)
+    return images, torch.tensor(found.targets)
+
+
+# Pen strokes on a 100 x 100 sheet, x y pairs, y downwards, "|" lifts the pen; ways to write a digit.
+STROKES = [
+    ["50 10 27 25 20 50 27 77 50 90 73 77 80 50 72 23 50 10"],
+    ["50 10 50 36 50 63 50 90", "34 30 52 10 51 50 50 90", "34 28 52 10 50 90 | 30 90 50 90 70 90"],
+    ["24 30 35 13 58 10 75 27 62 50 40 72 22 90 50 88 80 90",
+     "24 28 50 10 74 28 58 58 32 84 24 80 34 74 56 88 80 84"],
+    ["24 18 50 10 73 24 64 42 44 48 68 55 77 73 52 91 22 82"],
+    ["60 10 40 36 20 62 50 62 82 60 | 64 38 62 65 60 92", "25 10 24 50 48 54 74 50 | 74 10 73 50 70 92"],
+    ["76 12 36 12 32 46 56 42 77 60 68 85 42 92 22 82"],
+    ["66 10 40 30 25 60 35 87 60 89 74 70 57 53 30 64"],
+    ["20 14 50 13 80 12 62 45 45 90", "20 14 50 13 80 12 62 45 45 90 | 36 50 54 50 72 48"],
+    ["50 48 28 30 50 10 72 28 50 48 25 70 50 92 76 70 50 48"],
+    ["72 30 50 11 29 28 45 49 70 38 72 30 69 60 60 92", "72 30 50 11 29 28 45 49 72 30 71 60 70 92"],
+]
+
+
+def glyphs(split: str) -> tuple[Tensor, Tensor]:
+    """The embedded set: 10,000 training and 2,000 test digits (1, 28, 28), drawn from a fixed seed.
+
+    Control points are jittered, joined by Catmull-Rom curves, slanted, turned, scaled, shifted, and
+    inked with a pen of random width.
+    """
+    count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    labels = torch.arange(count) % 10
+    images = torch.zeros(count, 784)
+    pixels = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0)).flip(1)  # (784, 2) as x, y
+    for digit, ways in enumerate(STROKES):
+        members = (labels == digit).nonzero()[:, 0]
+        for way, rows in zip(ways, members.tensor_split(len(ways)), strict=True):
+            n = len(rows)
+            slant, turn = uniform(-0.5, 0.5, n), uniform(-0.2, 0.2, n)
+            size = uniform(15, 22, n, 1) * uniform(0.75, 1.0, n, 2)  # (n, 2) in pixels
+            shear = torch.stack([torch.ones(n), -slant - turn, turn, torch.ones(n)], 1).view(n, 2, 2)
+            shift = 13.5 + uniform(-1.5, 1.5, n, 1, 2)
+            width, distance = uniform(0.6, 1.5, n, 1), torch.full((n, 784), 1e3)
+            for stroke in way.split("|"):
+                points = torch.tensor([float(v) for v in stroke.split()]).view(-1, 2) / 100 - 0.5
+                points = points + 0.048 * torch.randn((n, *points.shape), generator=generator)
+                points = (points * size[:, None]) @ shear.mT + shift  # (n, P, 2)
+                curve = _catmull_rom(points)
+                for start, end in zip(curve[:, :-1].unbind(1), curve[:, 1:].unbind(1), strict=True):
+                    along = end - start
+                    offset = pixels - start[:, None]  # (n, 784, 2)
+                    u = (offset * along[:, None]).sum(-1) / (along * along).sum(-1, keepdim=True)
+                    gap = offset - u.clamp(0, 1)[..., None] * along[:, None]
+                    distance = torch.minimum(distance, gap.square().sum(-1))
+            images[rows] = torch.sigmoid(3 * (width - distance.sqrt()))
+    order = torch.randperm(count, generator=generator)
+    return (images * 255).round().byte().view(-1, 1, 28, 28)[order], labels[order]
+
+
+def _catmull_rom(points: Tensor, pieces: int = 3) -> Tensor:
+    """A smooth curve through points (n, P, 2) -> (n, (P - 1) * pieces + 1, 2)."""
+    p = torch.cat([points[:, :1], points, points[:, -1:]], 1)
+    p0, p1, p2, p3 = (p[:, i : p.shape[1] - 3 + i, None] for i in range(4))
+    u = (torch.arange(pieces) / pieces)[:, None]
+    bent = p1 + 0.5 * u * (p2 - p0 + u * (2 * p0 - 5 * p1 + 4 * p2 - p3
+                                          + u * (3 * (p1 - p2) + p3 - p0)))
+    return torch.cat([bent.flatten(1, 2), points[:, -1:]], 1)
