@@ -408,6 +408,7 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
     import evaluate
     import sampling
 
+    sampling.keep_freed_memory()
     settings, path = config.train, folder / "ckpt.pt"
     images, _labels = load_images(config, "train", data_dir)
     if len(images) < settings.batch:

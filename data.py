@@ -3,6 +3,7 @@
 Four data sets through torchvision, a folder of the user's own, and `glyphs`, digits drawn by code.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -140,11 +141,12 @@ STROKES = [
 ]
 
 
+@cache
 def glyphs(split: str) -> tuple[Tensor, Tensor]:
     """The embedded set: 10,000 training and 2,000 test digits (1, 28, 28), drawn from a fixed seed.
 
     Control points are jittered, joined by Catmull-Rom curves, slanted, turned, scaled, shifted, and
-    inked with a pen of random width.
+    inked with a pen of random width. Callers share the tensors and do not write to them.
     """
     count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
     generator = torch.Generator().manual_seed(seed)
@@ -170,12 +172,14 @@ def glyphs(split: str) -> tuple[Tensor, Tensor]:
                 points = (points * size[:, None]) @ shear.mT + shift  # (n, P, 2)
                 curve = _catmull_rom(points)
                 for start, end in zip(curve[:, :-1].unbind(1), curve[:, 1:].unbind(1), strict=True):
-                    along = end - start
-                    offset = pixels - start[:, None]  # (n, 784, 2)
-                    u = (offset * along[:, None]).sum(-1) / (along * along).sum(-1, keepdim=True)
-                    gap = offset - u.clamp(0, 1)[..., None] * along[:, None]
-                    distance = torch.minimum(distance, gap.square().sum(-1))
-            images[rows] = torch.sigmoid(3 * (width - distance.sqrt()))
+                    along = end - start  # squared distance to a segment, expanded in products
+                    length2 = along.square().sum(1, keepdim=True)
+                    dot = along @ pixels.T - (start * along).sum(1, keepdim=True)  # (n, 784)
+                    u = (dot / length2).clamp_(0, 1)
+                    gap = (u * length2).sub_(dot, alpha=2).mul_(u).add_(start @ pixels.T, alpha=-2)
+                    gap.add_(start.square().sum(1, keepdim=True)).add_(pixels.square().sum(1))
+                    distance = torch.minimum(distance, gap)
+            images[rows] = torch.sigmoid(3 * (width - distance.clamp(min=0).sqrt()))
     order = torch.randperm(count, generator=generator)
     return (images * 255).round().byte().view(-1, 1, 28, 28)[order], labels[order]
 

@@ -6,6 +6,8 @@ each of D latent dimensions (S = 2 for a Gaussian), so that a posterior is just 
 Shapes: images x (B, C, H, W), latents z (B, D), energies (B,). Energies are at least float32.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,9 +17,10 @@ KERNELS = ((3, 1), (4, 2), (4, 2), (4, 2))  # (size, stride) of Tables 5 to 8, p
 
 
 class Gaussian:
-    """Diagonal Gaussian as an exponential family: eta(z) = (z, z^2), lam_2 < 0 (Eq. 17, notes)."""
+    """Diagonal Gaussian as an exponential family: eta(z) = (z, z^2), lam_2 < 0."""
 
     statistics = 2
+    log_base = 0.5 * math.log(2 * math.pi)  # what log_partition leaves out, a dimension
 
     @staticmethod
     def eta(z: Tensor) -> Tensor:
@@ -26,7 +29,10 @@ class Gaussian:
 
     @staticmethod
     def log_partition(lam: Tensor) -> Tensor:
-        """A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, without 2 pi: (..., 2, D) -> (...)."""
+        """A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2: (..., 2, D) -> (...).
+
+        Short of log_base D, which cancels in every difference.
+        """
         lam1, lam2 = lam.unbind(-2)
         return (-lam1 * lam1 / (4 * lam2) - 0.5 * torch.log(-2 * lam2)).sum(-1)
 
@@ -100,12 +106,13 @@ class CEBM(nn.Module):
         self.register_buffer("lam", lam)
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
-        """E(x, z) of Eq. 17 for pairs: (B, C, H, W), (B, D) -> (B,).
+        """E(x, z) of Eq. 17 for pairs: (B, C, H, W), (B, D) -> (B,), B broadcast.
 
         Its x-gradient is that of -log p(x | z), supplement Eq. 41.
         """
         natural = (self.lam + self.t(x)) * self.family.eta(z)
-        return self.family.log_partition(self.lam) - natural.flatten(1).sum(1)
+        constant = self.family.log_partition(self.lam) + self.family.log_base * z.shape[-1]
+        return constant - natural.flatten(1).sum(1)
 
     def energy(self, x: Tensor) -> Tensor:
         """E(x) = A(lam) - A(lam + t(x)), z integrated out exactly: (B, C, H, W) -> (B,)."""

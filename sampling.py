@@ -4,8 +4,9 @@
 memory and, where the hardware has it, bfloat16. Chains are images (B, C, H, W) in pixels of [-1, 1].
 """
 
+import ctypes
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,17 @@ def bfloat16_pays(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse large freed blocks, which it would unmap and fault in anew at every step.
+
+    For the whole process; a quarter to a third of a step on a CPU. Elsewhere it does nothing.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
 
 
 def fast_langevin(module: nn.Module, energy, x: Tensor, bfloat16: bool = False, **chain) -> Tensor:

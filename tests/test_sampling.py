@@ -1,0 +1,151 @@
+"""Chains against known answers, and the replay buffer's bookkeeping."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cebm
+import models
+import sampling
+
+
+def network(latent=8):
+    config = replace(cebm.compose("cebm-mnist").model, channels=(8, 8, 8, 8), hidden=16, latent=latent)
+    torch.manual_seed(0)
+    return models.build(config, (1, 28, 28), 10)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_long_chains_on_a_gaussian_have_its_mean_and_the_discretised_variance():
+    mean, variance, step = 1.5, 2.0, 0.5
+    x = sampling.langevin(lambda x: (x - mean).square().sum(1) / (2 * variance),
+                          torch.zeros(20_000, 3), 200, step, step**0.5 * 2**0.5, seeded())
+    # x <- a x + noise with a = 1 - step / variance settles at variance noise^2 / (1 - a^2).
+    settled = 2 * step / (1 - (1 - step / variance) ** 2)
+    error = (settled / 20_000) ** 0.5
+    assert (x.mean(0) - mean).abs().max() < 5 * error
+    assert (x.var(0) / settled - 1).abs().max() < 5 * (2 / 20_000) ** 0.5
+
+
+def test_small_steps_reach_the_boltzmann_variance():
+    x = sampling.langevin(lambda x: x.square().sum(1) / 2, torch.zeros(20_000, 1), 400, 0.01,
+                          0.02**0.5, seeded())
+    assert abs(x.var().item() - 1) < 0.05 + 0.005
+
+
+def test_without_noise_a_chain_descends():
+    model, x = network(), torch.rand(16, 1, 28, 28, generator=seeded())
+    energies = []
+    for _ in range(5):
+        energies.append(model.energy(x).mean().item())
+        x = sampling.langevin(model.energy, x, 1, 0.5, 0.0)
+    assert energies == sorted(energies, reverse=True)
+    assert energies[-1] < energies[0]
+
+
+def test_given_z_chains_descend_the_joint_energy():
+    model, x = network(), torch.rand(16, 1, 28, 28, generator=seeded())
+    with torch.no_grad():
+        z = model.represent(torch.rand(16, 1, 28, 28, generator=seeded(1)))
+    end = sampling.fast_langevin(model, lambda v: model.joint_energy(v, z), x, steps=5,
+                                 step_size=0.5, noise_std=0.0, generator=None)
+    assert (model.joint_energy(end, z) < model.joint_energy(x, z)).all()
+
+
+def test_the_same_generator_gives_the_same_chains_and_another_does_not():
+    model, x = network(), torch.zeros(4, 1, 28, 28)
+    one, two, other = (sampling.langevin(model.energy, x, 3, 1.0, 0.01, seeded(s)) for s in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_chains_leave_parameters_as_they_are_and_without_gradients():
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.t.heads[0][0].bias.requires_grad_(False)
+    x = sampling.fast_langevin(model, model.energy, torch.zeros(4, 1, 28, 28), steps=3,
+                               step_size=1.0, noise_std=0.01, generator=seeded())
+    assert not x.requires_grad
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+        assert parameter.requires_grad == (name != "t.heads.0.0.bias")  # as it was
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_fast_path_is_the_reference_to_float32_rounding(channels):
+    config = cebm.compose("cebm-mnist").model
+    torch.manual_seed(0)
+    model = models.build(config, (channels, 28, 28), 10)
+    x = torch.rand(8, channels, 28, 28, generator=seeded()) * 2 - 1
+    chain = {"steps": 10, "step_size": 1.0, "noise_std": 0.0075}
+    plain = sampling.langevin(model.energy, x, **chain, generator=seeded(1))
+    model = model.to(memory_format=torch.channels_last)
+    fast = sampling.fast_langevin(model, model.energy, x, **chain, generator=seeded(1))
+    torch.testing.assert_close(fast, plain, atol=2e-5, rtol=0)
+    assert fast.is_contiguous()
+
+
+def test_in_bfloat16_one_step_differs_by_under_two_percent_of_its_length():
+    model = network()
+    with torch.no_grad():
+        for head in model.t.heads:
+            head[-1].weight.mul_(10)
+    x = torch.rand(8, 1, 28, 28, generator=seeded()) * 2 - 1
+    chain = {"steps": 1, "step_size": 1.0, "noise_std": 0.0}
+    plain = sampling.langevin(model.energy, x, **chain)
+    fast = sampling.fast_langevin(model, model.energy, x, bfloat16=True, **chain)
+    assert (fast - plain).norm() / (plain - x).norm() < 0.02
+
+
+def test_five_percent_of_chains_restart_uniformly():
+    buffer = sampling.ReplayBuffer(500, (1, 4, 4), 0.95, seeded())
+    buffer.images.fill_(7.0)
+    restarted, drawn = [], 0
+    for _ in range(200):
+        _, x = buffer.draw(100)
+        fresh = x[(x != 7).flatten(1).all(1)]
+        assert len(fresh) + (x == 7).flatten(1).all(1).sum() == 100
+        restarted.append(fresh)
+        drawn += 100
+    fresh = torch.cat(restarted)
+    assert abs(len(fresh) / drawn - 0.05) < 5 * (0.05 * 0.95 / drawn) ** 0.5
+    assert fresh.min() >= -1
+    assert fresh.max() <= 1
+    assert abs(fresh.mean()) < 5 * (1 / 3 / fresh.numel()) ** 0.5
+    assert abs(fresh.var() - 1 / 3) < 0.02
+
+
+def test_slots_are_distinct_and_written_back_where_they_came_from():
+    buffer = sampling.ReplayBuffer(50, (1, 2, 2), 1.0, seeded())
+    before = buffer.images.clone()
+    slots, x = buffer.draw(40)
+    assert len(slots.unique()) == 40
+    assert torch.equal(x, before[slots])
+    buffer.put(slots, x + 10)
+    assert torch.equal(buffer.images[slots], before[slots] + 10)
+    others = torch.ones(50, dtype=torch.bool)
+    others[slots] = False
+    assert torch.equal(buffer.images[others], before[others])
+
+
+def test_every_slot_is_drawn_in_time():
+    buffer = sampling.ReplayBuffer(50, (1, 2, 2), 1.0, seeded())
+    counts = torch.zeros(50)
+    for _ in range(1000):
+        counts[buffer.draw(10)[0]] += 1
+    assert (counts - 200).abs().max() < 5 * 160**0.5
+
+
+def test_buffer_and_generator_state_bring_back_the_same_draws():
+    first = sampling.ReplayBuffer(20, (1, 2, 2), 0.5, seeded())
+    first.draw(5)
+    second = sampling.ReplayBuffer(20, (1, 2, 2), 0.5, seeded(9))
+    second.images.copy_(first.images)
+    second.generator.set_state(first.generator.get_state())
+    for a, b in zip(first.draw(5), second.draw(5), strict=True):
+        assert torch.equal(a, b)
