@@ -15,6 +15,7 @@ import platform
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def _nearest(word, known) -> str:
 
 
 def _checked(key: str, kind, rule: dict, value):
-    """`value` as the type and within the bounds of field `key`, or a usage error that names both."""
+    """`value` with the type and bounds of field `key`, or a usage error that names them."""
     low, high, choices, length = (rule[k] for k in ("low", "high", "choices", "length"))
     between = f" from {low:,} to {high:,}" if high is not None else ""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
@@ -289,9 +290,9 @@ def load_images(config: Config, split: str, data_dir: str):
         images, labels = data.load(config.data.name, split, data_dir, shape, extra)
     except data.DataError as error:
         raise Failure(str(error)) from error
-    if labels.max() >= config.data.classes:
-        raise Failure(f"{config.data.name} has {labels.max() + 1} classes, the configuration says "
-                      f"{config.data.classes}: set data.classes")
+    if (found := int(labels.max()) + 1) != config.data.classes:
+        raise Failure(f"{config.data.name} has {found} classes, the configuration says "
+                      f"{config.data.classes}: --set classes={found}")
     return images, labels
 
 
@@ -341,10 +342,9 @@ class Log:
     def __init__(self, path: Path, done: int, updates: int):
         self.path, self.updates = path, updates
         if path.exists():
-            kept = [r for r in csv.reader(path.open()) if r and r[0].isdigit() and int(r[0]) <= done]
-            header = path.open().readline()
-            lines = "".join(",".join(r) + "\n" for r in kept)
-            write_whole(path, (header + lines).encode() if kept else b"")
+            header, *rows = path.read_text().splitlines(keepends=True) or [""]
+            kept = [r for r in rows if r.endswith("\n") and int(r.partition(",")[0]) <= done]
+            write_whole(path, (header + "".join(kept)).encode() if kept else b"")
         self.bar = None
         if sys.stdout.isatty():
             self.bar = click.progressbar(length=updates, show_pos=True, item_show_func=lambda s: s)
@@ -354,7 +354,7 @@ class Log:
     def row(self, update: int, values: dict[str, float]) -> None:
         row = {"update": update, **values}
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
+            writer = csv.DictWriter(file, row, lineterminator="\n")
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
@@ -373,22 +373,24 @@ class Log:
             self.bar.__exit__(None, None, None)
 
 
-def claim(folder: Path):
-    """Makes `folder` and locks it against a second `train`, as long as the result is kept."""
+@contextmanager
+def claimed(folder: Path):
+    """Makes `folder` and locks it against a second `train`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (folder / "samples").mkdir(exist_ok=True)
-        return lock
-    except BlockingIOError:
-        raise Failure(f"{folder} is in use by another `train`; wait for it or choose --out") from None
     except OSError as error:
         raise Failure(f"cannot write to {folder}: {error.strerror}; choose --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure(f"{folder} is in use by another `train`; choose another --out") from None
+        yield
 
 
 def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
-    """A run goes on only as it began; but it may be made longer where nothing depends on its length."""
+    """A run goes on only as it began, or longer, where nothing depends on its length."""
     flat = [{f"{s}.{k}": v for s, part in c.items() for k, v in part.items()} for c in (old, new)]
     differing = [k for k in flat[1] if flat[0].get(k) != flat[1][k]]
     longer = flat[0].get("train.updates", 0) < flat[1]["train.updates"]
@@ -401,7 +403,7 @@ def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
 
 
 def train_model(config: Config, folder: Path, data_dir: str, device, preset: str) -> bool:
-    """Trains until `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
+    """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
     import torch
 
     import data
@@ -486,9 +488,9 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
             if update % settings.log_every == 0 or update == settings.updates:
                 spent = seconds + time.monotonic() - started
                 rate = (update - done) / (time.monotonic() - started)
-                log.row(update, {"loss": loss.item()} | {k: v.item() for k, v in metrics.items()} | {
-                    "pixel_min": chains.min().item(), "pixel_max": chains.max().item(),
-                    "seconds": round(spent, 1), "updates_per_second": round(rate, 3)})
+                metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
+                log.row(update, {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()},
+                                 "seconds": round(spent, 1), "updates_per_second": round(rate, 3)})
             if picture_every and (update % picture_every == 0 or update == settings.updates):
                 picture = evaluate.grid_png(buffer.images[:64])
                 write_whole(folder / "samples" / f"{update:07d}.png", picture)
@@ -517,7 +519,7 @@ def main():
 CHECKPOINT = click.Path(exists=True, dir_okay=False)
 DATA_DIR = click.option("--data-dir", default="data", show_default=True,
                         help="Where data sets are, or are downloaded to.")
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 
 
 @main.command()
@@ -536,9 +538,8 @@ def train(preset, settings, out, seed, data_dir, device):
     config = compose(preset, settings + (() if seed is None else (f"train.seed={seed}",)))
     folder = Path(out or f"runs/{preset}")
     device = find_device(device)
-    lock = claim(folder)
-    finished = train_model(config, folder, data_dir, device, preset)
-    lock.close()
+    with claimed(folder):
+        finished = train_model(config, folder, data_dir, device, preset)
     where = "" if config.data.name == "glyphs" else f" --data-dir {data_dir}"
     if not finished:
         click.echo(f"interrupted; saved {folder / 'ckpt.pt'}. The same command goes on from there.")
@@ -589,8 +590,8 @@ def sample(checkpoint, source, given, steps, count, seed, out, data_dir, device)
         energy = lambda x: model.joint_energy(x, z)  # noqa: E731
     if stored is not None:
         count = min(count, len(stored))
-        x = stored[torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))[:count]]
-        x = x.to(device)
+        order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
+        x = stored[order[:count]].to(device)
     else:
         x = torch.rand(count, *config.data.image, generator=generator, device=device) * 2 - 1
     start = energy(x).mean().item()
@@ -633,9 +634,10 @@ def knn(checkpoints, limit, plot, form, data_dir, device):
         for space, network in spaces.items():
             a, b = (evaluate.latents(network, x, device) for x in (train_x, test_x))
             predicted = train_y[evaluate.nearest(a, b).cpu()]
-            row[space] = round(100 * (predicted == test_y).double().mean().item(), 2)
+            counts = evaluate.confusion(test_y, predicted, config.data.classes)
+            row[space] = round(100 * counts.diag().sum().item() / len(test_y), 2)
             if space == "latent":
-                row["confusion"] = evaluate.confusion(test_y, predicted, config.data.classes).tolist()
+                row["confusion"] = counts.tolist()
         rows.append(row)
         names = data.class_names(config.data.name, data_dir, config.data.classes)
     if form == "json":

@@ -77,9 +77,10 @@ def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
             print(f"{where} is absent or incomplete: downloading")
             data = found(data_dir, download=True, **which)
     except Exception as error:  # torchvision raises whatever its parsers and the network raise
+        reason = str(error).partition("\n")[0] or repr(error)
         raise DataError(
-            f"cannot read or download {where}: {str(error).splitlines()[0] if str(error) else error!r}"
-            ". Check the network and --data-dir, or delete the damaged files and start again"
+            f"cannot read or download {where}: {reason}. Check the network and --data-dir, or "
+            "delete the damaged files and start again"
         ) from error
     images = torch.as_tensor(data.data)
     if name == "cifar10":
@@ -125,19 +126,21 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
     return images, torch.tensor(found.targets)
 
 
-# Pen strokes on a 100 x 100 sheet, x y pairs, y downwards, "|" lifts the pen; ways to write a digit.
+# Ways to write each digit: x y pairs on a 100 x 100 sheet, y downwards, "|" lifts the pen.
 STROKES = [
     ["50 10 27 25 20 50 27 77 50 90 73 77 80 50 72 23 50 10"],
     ["50 10 50 36 50 63 50 90", "34 30 52 10 51 50 50 90", "34 28 52 10 50 90 | 30 90 50 90 70 90"],
     ["24 30 35 13 58 10 75 27 62 50 40 72 22 90 50 88 80 90",
      "24 28 50 10 74 28 58 58 32 84 24 80 34 74 56 88 80 84"],
     ["24 18 50 10 73 24 64 42 44 48 68 55 77 73 52 91 22 82"],
-    ["60 10 40 36 20 62 50 62 82 60 | 64 38 62 65 60 92", "25 10 24 50 48 54 74 50 | 74 10 73 50 70 92"],
+    ["60 10 40 36 20 62 50 62 82 60 | 64 38 62 65 60 92",
+     "25 10 24 50 48 54 74 50 | 74 10 73 50 70 92"],
     ["76 12 36 12 32 46 56 42 77 60 68 85 42 92 22 82"],
     ["66 10 40 30 25 60 35 87 60 89 74 70 57 53 30 64"],
     ["20 14 50 13 80 12 62 45 45 90", "20 14 50 13 80 12 62 45 45 90 | 36 50 54 50 72 48"],
     ["50 48 28 30 50 10 72 28 50 48 25 70 50 92 76 70 50 48"],
-    ["72 30 50 11 29 28 45 49 70 38 72 30 69 60 60 92", "72 30 50 11 29 28 45 49 72 30 71 60 70 92"],
+    ["72 30 50 11 29 28 45 49 70 38 72 30 69 60 60 92",
+     "72 30 50 11 29 28 45 49 72 30 71 60 70 92"],
 ]
 
 
@@ -156,14 +159,15 @@ def glyphs(split: str) -> tuple[Tensor, Tensor]:
 
     labels = torch.arange(count) % 10
     images = torch.zeros(count, 784)
-    pixels = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0)).flip(1)  # (784, 2) as x, y
+    pixels = torch.cartesian_prod(torch.arange(28.0), torch.arange(28.0)).flip(1)  # (784, 2), x y
     for digit, ways in enumerate(STROKES):
         members = (labels == digit).nonzero()[:, 0]
         for way, rows in zip(ways, members.tensor_split(len(ways)), strict=True):
             n = len(rows)
             slant, turn = uniform(-0.5, 0.5, n), uniform(-0.2, 0.2, n)
             size = uniform(15, 22, n, 1) * uniform(0.75, 1.0, n, 2)  # (n, 2) in pixels
-            shear = torch.stack([torch.ones(n), -slant - turn, turn, torch.ones(n)], 1).view(n, 2, 2)
+            one = torch.ones(n)
+            shear = torch.stack([one, -slant - turn, turn, one], 1).view(n, 2, 2)
             shift = 13.5 + uniform(-1.5, 1.5, n, 1, 2)
             width, distance = uniform(0.6, 1.5, n, 1), torch.full((n, 784), 1e3)
             for stroke in way.split("|"):

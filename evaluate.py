@@ -19,7 +19,7 @@ def in_batches(function, images: Tensor, device, size: int = 1000) -> Tensor:
 
 
 def latents(model, images: Tensor, device) -> Tensor:
-    """`represent` of uint8 images (N, C, H, W) -> (N, D); without a model, the pixels themselves."""
+    """`represent` of uint8 images (N, C, H, W) -> (N, D); without a model, the pixels."""
     if model is None:
         return images.flatten(1).to(device).float()
     return in_batches(model.represent, images, device)
@@ -96,7 +96,7 @@ def png(picture) -> bytes:
 
 
 def grid_png(images: Tensor, columns: int | None = None) -> bytes:
-    """Images (N, C, H, W) in [-1, 1], clipped to it, as a grid of `columns` (near square if None)."""
+    """Images (N, C, H, W) clipped to [-1, 1] as a grid of `columns` (near square if None)."""
     from PIL import Image
     from torchvision.utils import make_grid
 
@@ -119,6 +119,7 @@ def confusion_png(counts: list[list[int]], names: list[str], cell: int = 44) -> 
             shade = 255 - round(255 * count / max(1, sum(row)))
             left, top = margin + j * cell, margin + i * cell
             draw.rectangle((left, top, left + cell, top + cell), fill=(shade, shade, 255))
-            draw.text((left + 6, top + cell // 3), str(count), fill="white" if shade < 128 else "black")
+            ink = "white" if shade < 128 else "black"
+            draw.text((left + 6, top + cell // 3), str(count), fill=ink)
     draw.text((4, 4), "rows: true class, columns: predicted", fill="black")
     return png(picture)

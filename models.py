@@ -119,7 +119,7 @@ class CEBM(nn.Module):
         return self.family.log_partition(self.lam) - self.family.log_partition(self.lam + self.t(x))
 
     def posterior(self, x: Tensor) -> torch.distributions.Distribution:
-        """p(z | x), the family's member with natural parameters lam + t(x): batch (B,), event (D,)."""
+        """p(z | x), the family's member with parameters lam + t(x): batch (B,), event (D,)."""
         return self.family.distribution(self.lam + self.t(x))
 
     def represent(self, x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class CEBM(nn.Module):
         return self.posterior(x).mean
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Persistent contrastive divergence with L2 on the energies (supplement C) -> scalar, metrics."""
+        """Persistent contrastive divergence, L2 on the energies (supplement C): scalar, metrics."""
         data, fake = self.energy(torch.cat([x, chains])).split([len(x), len(chains)])
         magnitude = (data * data).mean()
         if self.l2_on == "both":

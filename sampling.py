@@ -1,7 +1,8 @@
 """Stochastic gradient Langevin dynamics on an energy (chains descend E) and the replay buffer.
 
 `langevin` is the reference; `fast_langevin` is the same chain with frozen parameters, channels-last
-memory and, where the hardware has it, bfloat16. Chains are images (B, C, H, W) in pixels of [-1, 1].
+memory and, where the hardware has it, bfloat16. Chains are images (B, C, H, W) of pixels in
+[-1, 1].
 """
 
 import ctypes
@@ -20,7 +21,7 @@ def langevin(
     noise_std: float,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """x <- x - step_size dE/dx + noise_std N(0, I), `steps` times: (B, ...) -> (B, ...), detached."""
+    """x <- x - step_size dE/dx + noise_std N(0, I), `steps` times: (B, ...) -> (B, ...)."""
     for _ in range(steps):
         x = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
@@ -43,7 +44,7 @@ def frozen(module: nn.Module):
 
 
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware (a CPU without it is 100x slower)."""
+    """Whether `device` multiplies bfloat16 in hardware (other CPUs are 100 times slower)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -80,7 +81,7 @@ class ReplayBuffer:
         return torch.rand(shape, generator=self.generator, device=device).mul_(2).sub_(1)
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """`count` distinct slots (count,) and their chains, each restarted with chance 1 - reuse."""
+        """`count` distinct slots (count,) and their chains, restarted with chance 1 - reuse."""
         device = self.generator.device
         order = torch.randperm(len(self.images), generator=self.generator, device=device)
         slots = order[:count]

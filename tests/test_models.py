@@ -14,7 +14,7 @@ SHAPE = (1, 8, 8)
 
 
 def small(latent=1, **changes):
-    """An untrained float64 CEBM for 8x8 images, its statistics scaled up to be far from the prior."""
+    """An untrained float64 CEBM for 8x8 images, its statistics scaled up, far from the prior."""
     config = replace(cebm.compose("cebm-mnist").model, channels=(4, 4, 4, 4), hidden=8,
                      latent=latent, **changes)
     torch.manual_seed(0)

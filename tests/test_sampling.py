@@ -11,7 +11,8 @@ import sampling
 
 
 def network(latent=8):
-    config = replace(cebm.compose("cebm-mnist").model, channels=(8, 8, 8, 8), hidden=16, latent=latent)
+    config = cebm.compose("cebm-mnist").model
+    config = replace(config, channels=(8, 8, 8, 8), hidden=16, latent=latent)
     torch.manual_seed(0)
     return models.build(config, (1, 28, 28), 10)
 
@@ -58,7 +59,8 @@ def test_given_z_chains_descend_the_joint_energy():
 
 def test_the_same_generator_gives_the_same_chains_and_another_does_not():
     model, x = network(), torch.zeros(4, 1, 28, 28)
-    one, two, other = (sampling.langevin(model.energy, x, 3, 1.0, 0.01, seeded(s)) for s in (0, 0, 1))
+    one, two, other = (
+        sampling.langevin(model.energy, x, 3, 1.0, 0.01, seeded(s)) for s in (0, 0, 1))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 

@@ -1,0 +1,440 @@
+"""The commands as a user runs them, on the embedded set; bad input; crashes and resumption."""
+
+import csv
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import cebm
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # as in the processes below: the promise of equal bits is for one count
+TINY = ["channels=[4, 4, 4, 4]", "hidden=8", "latent=4", "steps=2", "batch=16", "buffer=64",
+        "precision=float32", "updates=24", "checkpoint_every=4", "log_every=3", "pictures=3",
+        "warmup=5"]
+
+
+def tiny(*extra):
+    return [part for setting in [*TINY, *extra] for part in ("--set", setting)]
+
+
+def run(*arguments):
+    """A command in this process: exit status, stdout and stderr; never a traceback."""
+    result = CliRunner().invoke(cebm.main, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def launch(*arguments):
+    """A command in a process of its own."""
+    command = [sys.executable, ROOT / "cebm.py", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of 24 updates."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run("train", *tiny(), "--out", folder)
+    assert result.exit_code == 0, result.stderr
+    return folder
+
+
+def rows(folder):
+    """log.csv without its columns of wall-clock time."""
+    with open(folder / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader(file)]
+
+
+def assert_same_run(a, b):
+    """Weights, optimiser, buffer, generator, updates and log agree in every bit."""
+    one, two = (cebm.load_checkpoint(folder / "ckpt.pt") for folder in (a, b))
+    assert one.keys() == two.keys()
+    for key in one.keys() - {"seconds"}:
+        same(one[key], two[key], key)
+    assert rows(a) == rows(b)
+
+
+def same(a, b, where):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    else:
+        assert a == b, where
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    assert state["updates"] == 24
+    assert state["buffer"].shape == (64, 1, 28, 28)
+    written = yaml.safe_load((trained / "config.yaml").read_text())
+    assert cebm.parse_config(written) == cebm.parse_config(state["config"])
+    assert [int(r["update"]) for r in rows(trained)] == list(range(3, 25, 3))
+    assert len(list((trained / "samples").glob("*.png"))) == 3
+    moved = cebm.load_model(trained / "ckpt.pt")[0].state_dict()
+    start = cebm.new_model(cebm.parse_config(written), "cpu").state_dict()
+    assert all(not torch.equal(moved[k], start[k]) for k in start if k != "lam")
+
+
+def test_the_end_of_a_run_names_the_checkpoint_and_the_next_commands(tmp_path):
+    out = run("train", *tiny("updates=2"), "--out", tmp_path / "a").stdout
+    assert f"python cebm.py knn {tmp_path}/a/ckpt.pt" in out
+    assert f"python cebm.py sample {tmp_path}/a/ckpt.pt" in out
+
+
+def test_a_run_killed_at_random_moments_ends_equal_to_the_uninterrupted_one(trained, tmp_path):
+    random.seed(time.time_ns())
+    kills = 0
+    for _ in range(40):
+        process = launch("train", *tiny(), "--out", tmp_path)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and not (tmp_path / "log.csv").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        try:
+            process.wait(random.uniform(0, 1.0 if kills < 4 else 60))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills > 0
+    assert process.returncode == 0, process.stderr.read()
+    assert_same_run(trained, tmp_path)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(trained, tmp_path):
+    process = launch("train", *tiny(), "--out", tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log.csv").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "goes on from there" in out
+    assert 3 <= cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 24
+    assert "going on after update" in run("train", *tiny(), "--out", tmp_path).stdout
+    assert_same_run(trained, tmp_path)
+
+
+def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
+    run("train", *tiny("updates=4", "decay=none"), "--out", tmp_path)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    other = run("train", *tiny("updates=4", "decay=none", "rate=1e-3", "l2=0.2"), "--out", tmp_path)
+    assert other.exit_code == 1
+    assert "train.rate (0.0005 there, 0.001 here)" in other.stderr
+    assert "model.l2 (0.1 there, 0.2 here)" in other.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    longer = run("train", *tiny("updates=6", "decay=none"), "--out", tmp_path)
+    assert longer.exit_code == 0, longer.stderr
+    assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 6
+
+
+def test_a_second_train_in_the_same_folder_is_refused(tmp_path):
+    with cebm.claimed(tmp_path):
+        result = run("train", *tiny(), "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "in use by another" in result.stderr
+
+
+def test_runaway_energies_stop_before_the_update_and_keep_the_checkpoint(tmp_path):
+    extra = ["energy_bound=1", "rate=0.05", "warmup=0", "updates=500", "checkpoint_every=1"]
+    result = run("train", *tiny(*extra), "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "diverged at update" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt") if (tmp_path / "ckpt.pt").exists() else None
+    failed_at = int(result.stderr.split("update ")[1].split(":")[0])
+    assert state is None or state["updates"] == failed_at - 1
+    if state:
+        assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_nan_counts_as_divergence(tmp_path, monkeypatch):
+    import models
+
+    honest, calls = models.CEBM.loss, []
+
+    def poisoned(self, x, y, chains):
+        calls.append(1)
+        loss, metrics = honest(self, x, y, chains)
+        return (loss * float("nan") if len(calls) == 6 else loss), metrics
+
+    monkeypatch.setattr(models.CEBM, "loss", poisoned)
+    result = run("train", *tiny(), "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "diverged at update 6" in result.stderr
+    assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 4
+
+
+def test_samples_from_buffer_noise_and_given_latents(trained, tmp_path):
+    checkpoint = trained / "ckpt.pt"
+    for name, extra, size in [
+            ("buffer", [], (30 * 4 + 2, 30 * 4 + 2)),
+            ("noise", ["--from", "noise", "--steps", 5], (30 * 4 + 2, 30 * 4 + 2)),
+            ("given", ["--given", 6, "--steps", 3], (30 * 6 + 2, 30 * 2 + 2))]:
+        paths = [tmp_path / f"{name}{i}.png" for i in range(3)]
+        for path, seed in zip(paths, (0, 0, 1), strict=True):
+            result = run("sample", checkpoint, "--count", 16, "--seed", seed, "--out", path, *extra)
+            assert result.exit_code == 0, result.stderr
+        assert Image.open(paths[0]).size == size
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        assert paths[0].read_bytes() != paths[2].read_bytes()
+
+
+def test_the_buffer_itself_is_shown_with_no_steps(trained, tmp_path):
+    run("sample", trained / "ckpt.pt", "--count", 1, "--steps", 0, "--out", tmp_path / "a.png")
+    shown = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    chains = cebm.load_checkpoint(trained / "ckpt.pt")["buffer"][:, 0].clamp(-1, 1)
+    stored = chains.add(1).div(2).mul(255).round().byte().numpy()
+    assert (stored == shown).all((1, 2)).sum() == 1
+
+
+def test_given_shows_the_originals_first_and_lowers_the_joint_energy(trained, tmp_path):
+    import data
+
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    for name, value in state["model"].items():  # 24 updates leave nearly flat energies
+        value.mul_(2 if name.endswith("weight") else 1)
+    cebm.save_checkpoint(tmp_path / "steep.pt", state)
+    out = tmp_path / "a.png"
+    result = run("sample", tmp_path / "steep.pt", "--given", 4, "--steps", 60, "--out", out)
+    energies = result.stdout.split("energy ")[1].split(",")[0]
+    before, after = map(float, energies.split(" -> "))
+    assert after < before - 0.1
+    picture = np.asarray(Image.open(out).convert("L"))
+    original = data.load("glyphs", "test")[0][0, 0].numpy()
+    assert abs(picture[2:30, 2:30].astype(int) - original).max() <= 1
+
+
+def test_a_checkpoint_without_a_buffer_says_that_it_starts_from_noise(trained, tmp_path):
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    del state["buffer"], state["optimiser"]
+    cebm.save_checkpoint(tmp_path / "small.pt", state)
+    result = run("sample", tmp_path / "small.pt", "--count", 4, "--out", tmp_path / "a.png")
+    assert result.exit_code == 0
+    assert "starting from noise" in result.stdout
+
+
+def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained, tmp_path):
+    checkpoint = trained / "ckpt.pt"
+    result = run("knn", checkpoint, checkpoint, "--json", "--limit", 500)
+    first, second = json.loads(result.stdout)
+    assert first == second
+    assert set(first) == {"checkpoint", "model", "data", "updates", "latent", "untrained", "pixel",
+                          "confusion"}
+    counts = torch.tensor(first["confusion"])
+    assert counts.sum() == 2000
+    assert counts.sum(1).tolist() == [200] * 10
+    assert first["latent"] == pytest.approx(counts.diag().sum().item() / 20, abs=0.01)
+    assert first["pixel"] > 50
+    text = run("knn", checkpoint, "--limit", 500, "--plot", tmp_path / "plot.png").stdout
+    assert f"{first['latent']:.2f}" in text
+    assert Image.open(tmp_path / "plot.png").size[0] > 400
+    table = run("knn", checkpoint, "--limit", 500, "--markdown").stdout.splitlines()
+    assert table[0].startswith("| checkpoint | model | data | updates | latent |")
+    assert len(table) == 3
+
+
+def test_export_holds_what_the_model_says_of_each_image(trained, tmp_path):
+    import data
+
+    out = tmp_path / "latents.npz"
+    assert run("export", trained / "ckpt.pt", "--out", out).exit_code == 0
+    model, _ = cebm.load_model(trained / "ckpt.pt")
+    images, labels = data.load("glyphs", "test")
+    with torch.no_grad():
+        x = data.normalise(images[:50])
+        mean, energy = model.represent(x), model.energy(x)
+    with np.load(out, allow_pickle=False) as arrays:
+        assert {k: arrays[k].shape for k in arrays} == {
+            "mean": (2000, 4), "std": (2000, 4), "energy": (2000,), "labels": (2000,)}
+        np.testing.assert_allclose(arrays["mean"][:50], mean, atol=1e-5)
+        np.testing.assert_allclose(arrays["energy"][:50], energy, atol=1e-5)
+        assert arrays["labels"].tolist() == labels.tolist()
+
+
+def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
+    listed = [line.split()[0] for line in run("show").stdout.splitlines()]
+    assert {"quickstart", "cebm-mnist", "cebm-fmnist", "cebm-cifar10", "cebm-svhn",
+            "cebm-fmnist-literal"} <= set(listed)
+    for name in listed:
+        printed = yaml.safe_load(run("show", name).stdout)
+        assert cebm.parse_config(printed) == cebm.compose(name)
+    facts = yaml.safe_load(run("show", trained / "ckpt.pt").stdout)
+    assert (facts["preset"], facts["updates"], facts["seed"]) == ("quickstart", 24, 0)
+    assert facts["versions"]["torch"] == str(torch.__version__)
+
+
+def test_the_literal_preset_differs_in_the_step_and_the_two_noises_alone():
+    usual, literal = (cebm.plain(cebm.compose(p)) for p in ("cebm-fmnist", "cebm-fmnist-literal"))
+    differing = {f"{s}.{k}" for s in usual for k in usual[s] if usual[s][k] != literal[s][k]}
+    assert differing == {"chains.step_size", "chains.noise_std", "data.noise_std"}
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--preset", "cebm-fminst"], "did you mean cebm-fmnist?"),
+    (["--set", "train.ratee=1"], "did you mean train.rate?"),
+    (["--set", "noise_std=1"], "could be chains.noise_std or data.noise_std"),
+    (["--set", "rate"], "is not KEY=VALUE"),
+    (["--set", "rate=fast"], "train.rate = 'fast': it has to be a number from 0 to 10"),
+    (["--set", "rate=.nan"], "train.rate = nan"),
+    (["--set", "rate=true"], "train.rate = True"),
+    (["--set", "steps=0"], "chains.steps = 0: it has to be a whole number from 1"),
+    (["--set", "steps=2.5"], "chains.steps = 2.5"),
+    (["--set", "head=both"], "one of shared, separate"),
+    (["--set", "channels=[1, 2]"], "a list of 4 whole numbers"),
+    (["--set", "channels={a: [}"], "is not a YAML value"),
+    (["--set", "buffer=64"], "must not exceed chains.buffer"),
+    (["--set", "image=[1, 4, 4]"], "at least 8 x 8"),
+    (["--device", "abacus"], "--device abacus cannot be used here"),
+    (["--seed", "-1"], "seed"),
+])
+def test_wrong_usage_is_refused_before_any_work(tmp_path, arguments, says):
+    result = run("train", *arguments, "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+KEYS = [f"{section.name}.{key.name}" for section in fields(cebm.Config)
+        for key in fields(section.type)]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(KEYS), VALUES)
+def test_any_value_of_any_key_gives_a_configuration_or_an_error_naming_the_key(key, value):
+    tree = cebm.plain(cebm.compose("quickstart"))
+    section, name = key.split(".")
+    tree[section][name] = value
+    try:
+        config = cebm.parse_config(tree)
+        assert cebm.parse_config(cebm.plain(config)) == config
+    except cebm.click.UsageError as error:
+        assert key in error.message  # noqa: PT017, either outcome is right
+        assert len(error.message.splitlines()) == 1  # noqa: PT017
+
+
+class Payload:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_files_that_are_no_checkpoint_are_refused_and_run_no_code(trained, tmp_path):
+    whole, bad = (trained / "ckpt.pt").read_bytes(), tmp_path / "bad.pt"
+    contents = [b"", b"hello", whole[:100], whole[:len(whole) // 2], whole[:-1],
+                pickle.dumps(Payload(tmp_path / "ran"))]
+    torch.save({"format": 1, "config": Payload(tmp_path / "ran")}, tmp_path / "payload.pt")
+    contents.append((tmp_path / "payload.pt").read_bytes())
+    for other in ([1, 2], {"format": 99}, {"format": 1}, {"format": 1, "config": {"data": 3}}):
+        torch.save(other, bad)
+        contents.append(bad.read_bytes())
+    for content in contents:
+        bad.write_bytes(content)
+        for command in (["knn"], ["sample", "--out", tmp_path / "a.png"], ["export"]):
+            result = run(command[0], bad, *command[1:])
+            assert result.exit_code in (1, 2), content[:20]
+            assert "bad.pt" in result.stderr
+            assert "Traceback" not in result.output
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_damaged_checkpoint_is_not_trained_over(trained, tmp_path):
+    damaged = (trained / "ckpt.pt").read_bytes()[:5000]
+    (tmp_path / "ckpt.pt").write_bytes(damaged)
+    result = run("train", *tiny(), "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "damaged" in result.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == damaged
+
+
+def test_wrong_files_and_folders_are_named(trained, tmp_path):
+    assert run("knn", tmp_path / "none.pt").exit_code == 2
+    assert run("show", "cebm-mnits").exit_code == 2
+    folder = ["--preset", "cebm-folder", "--data-dir", tmp_path]
+    empty = run("train", *folder, "--out", tmp_path / "run")
+    assert empty.exit_code == 1
+    assert f"{tmp_path}/train is not a folder" in empty.stderr
+    (tmp_path / "file").write_text("")
+    blocked = run("train", *tiny(), "--out", tmp_path / "file" / "run")
+    assert blocked.exit_code == 1
+    assert "choose --out" in blocked.stderr
+
+
+def test_a_folder_of_images_trains_and_is_evaluated(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for k, name in enumerate(("dark", "light")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(10):
+                pixels = generator.integers(128 * k, 128 * k + 127, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    arguments = ["--preset", "cebm-folder", "--data-dir", tmp_path / "images"]
+    arguments += ["--out", tmp_path / "run"]
+    wrong = run("train", *arguments, *tiny())
+    assert wrong.exit_code == 1
+    assert "--set classes=2" in wrong.stderr
+    chosen = tiny("classes=2", "image=[3, 16, 16]", "updates=2")
+    result = run("train", *arguments, *chosen)
+    assert result.exit_code == 0, result.stderr
+    result = run("knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images")
+    assert result.exit_code == 0
+    assert "light" in result.stdout
+    (tmp_path / "images/train/dark/3.png").write_bytes(b"no picture")
+    assert "dark/3.png cannot be read" in run("train", *arguments, *chosen).stderr
+
+
+def test_a_folder_that_cannot_be_written_keeps_its_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(b"old")
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(cebm.Failure, match="No space left on device"):
+        cebm.write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_help_needs_no_torch():
+    for command in ("", "train", "sample", "knn", "export", "show"):
+        code = ("import sys, cebm\ntry: cebm.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+                "print('torch' in sys.modules)")
+        arguments = [a for a in (command, "--help") if a]
+        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT,
+                                capture_output=True, text=True, check=True)
+        assert result.stdout.splitlines()[-1] == "False"
+        assert not command or "Example: python cebm.py " + command in result.stdout
