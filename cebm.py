@@ -4,6 +4,7 @@ The commands, the configuration, checkpoints and the training loop. torch is imp
 functions that need it, so that `--help` answers at once.
 """
 
+import csv
 import difflib
 import fcntl
 import io
@@ -16,7 +17,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import click
@@ -27,6 +27,9 @@ FORMAT = 1  # of the checkpoint; another number is refused
 
 class Failure(click.ClickException):
     """Ends a command with one message on stderr and exit status 1."""
+
+
+# ---------------------------------------------------------------------------- configuration
 
 
 def _(low=None, high=None, choices=None, length=None):
@@ -44,8 +47,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: str = _(choices=("cebm", "gmm-cebm", "igebm", "vae", "gmm-vae", "bigan", "gmm-bigan",
-                           "gan", "jem", "hdge", "rbm", "efh"))
+    name: str = _(choices=("cebm",))
     channels: tuple[int, ...] = _(1, 4096, length=4)
     hidden: int = _(1, 65_536)
     latent: int = _(1, 65_536)
@@ -53,13 +55,6 @@ class Model:
     t2: str = _(choices=("square", "softplus"))
     l2: float = _(0, 1e6)
     l2_on: str = _(choices=("data", "both"))
-    components: int = _(1, 10_000)  # of the Gaussian prior; 1 is N(0, I), more are learned
-    prior_mean_std: float = _(0, 1e3)  # components start with means of this deviation
-    prior_std: tuple[float, ...] = _(1e-3, 1e3, length=2)  # and deviations uniform between these
-    represent: str = _(choices=("mixture", "component"))  # whose mean stands for an image
-    likelihood: str = _(choices=("continuous_bernoulli", "bernoulli"))  # of a VAE
-    visible: str = _(choices=("bernoulli", "gaussian"))  # x of rbm and efh
-    visible_std: float = _(1e-3, 1e3)  # of a Gaussian x given z, in pixels of [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -107,13 +102,13 @@ def _checked(key: str, kind, rule: dict, value):
     low, high, choices, length = (rule[k] for k in ("low", "high", "choices", "length"))
     between = f" from {low:,} to {high:,}" if high is not None else ""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-    wanted = names.get(kind, f"a list of {length} numbers") + between
+    wanted = names.get(kind, f"a list of {length} whole numbers") + between
     wanted = f"one of {', '.join(choices)}" if choices else wanted
     refusal = click.UsageError(f"{key} = {value!r}: it has to be {wanted}")
     if kind not in names:
         if not isinstance(value, (list, tuple)) or len(value) != length:
             raise refusal
-        return tuple(_checked(key, kind.__args__[0], {**rule, "length": None}, v) for v in value)
+        return tuple(_checked(key, int, {**rule, "length": None}, v) for v in value)
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             value = float(value)  # YAML reads 1e-4, without a dot, as a word
@@ -155,31 +150,39 @@ def parse_config(tree, kind=Config, where: str = ""):
     return config
 
 
-def recipe_book() -> dict:
+def recipes() -> dict:
     """The contents of configs.yaml."""
     return yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
 
 
-def presets(book: dict) -> dict[str, tuple[str, str, dict]]:
-    """Name -> (model, data, overrides) of every preset of configs.yaml, the newcomer's first."""
-    found = {n: (p["model"], p["data"], p["set"]) for n, p in book["presets"].items()}
-    found |= {f"{m}-{d}": (m, d, {}) for m, model in book["models"].items() for d in model["data"]}
-    return found | {f"{base}-{v}": (*found[base][:2], variant["set"])
-                    for v, variant in book["variants"].items() for base in variant["of"]}
+def preset_names(book: dict) -> list[str]:
+    """Every preset that configs.yaml composes, the newcomer's first."""
+    names = [f"{m}-{d}" for m, model in book["models"].items() for d in model["data"]]
+    names += [f"{base}-{v}" for v, variant in book["variants"].items() for base in variant["of"]]
+    return list(book["presets"]) + names
 
 
 def compose(preset: str, settings=()) -> Config:
     """The configuration of `preset` with KEY=VALUE `settings` over it; keys as `train.rate`."""
-    book = recipe_book()
-    if preset not in (known := presets(book)):
-        raise click.UsageError(f"no preset {preset!r}{_nearest(preset, known)}")
-    model, data, overrides = known[preset]
-    chosen, images = book["models"][model], {"name": data, **book["data"][data]}
+    book = recipes()
+    if preset not in (names := preset_names(book)):
+        raise click.UsageError(f"no preset {preset!r}{_nearest(preset, names)}")
+    listed = book["presets"].get(preset)
+    if listed:
+        model, data, overrides = listed["model"], listed["data"], listed["set"]
+    else:
+        model, data, variant = (preset.split("-") + [""])[-3:] if preset.count("-") == 1 else (
+            preset.rsplit("-", 2))
+        overrides = book["variants"][variant]["set"] if variant else {}
+    images = {"name": data, **book["data"][data]}
+    recipe = book["recipes"][book["models"][model]["recipe"]]
     shape = book["trunks"][images.pop("trunk")]
-    common, recipe = book["recipes"]["common"], book["recipes"][chosen["recipe"]]
-    tree = {section: {**common[section], **recipe.get(section, {})} for section in common}
-    tree["data"] |= images
-    tree["model"] |= {"name": model, **shape, **chosen["set"]}
+    tree = {
+        "data": {**recipe["data"], **images},
+        "model": {"name": model, **shape, **book["models"][model]["set"]},
+        "chains": dict(recipe["chains"]),
+        "train": dict(recipe["train"]),
+    }
     full = {f"{s.name}.{k.name}" for s in fields(Config) for k in fields(s.type)}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -208,6 +211,9 @@ def as_yaml(config: Config) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=None)
 
 
+# ---------------------------------------------------------------------------- checkpoints
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` so that a crash at any instant leaves the old file or the new one, whole."""
     draft = path.with_name(path.name + ".part")
@@ -230,7 +236,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """Tensors and plain values -> one file that `torch.load(weights_only=True)` reads."""
     import torch
 
-    torch.save(state, content := io.BytesIO())
+    content = io.BytesIO()
+    torch.save(state, content)
     write_whole(path, content.getbuffer())
 
 
@@ -274,17 +281,15 @@ def new_model(config: Config, device):
     return model.to(device, memory_format=torch.channels_last)
 
 
-def load_images(config: Config, split: str, data_dir: str, name: str = ""):
-    """uint8 images and labels of the data that `config` names, or of the data `name`."""
+def load_images(config: Config, split: str, data_dir: str):
+    """uint8 images and labels of the data that `config` names."""
     import data
 
     shape, extra = config.data.image, config.data.extra
     try:
-        images, labels = data.load(name or config.data.name, split, data_dir, shape, extra)
+        images, labels = data.load(config.data.name, split, data_dir, shape, extra)
     except data.DataError as error:
         raise Failure(str(error)) from error
-    if name:
-        return images, labels
     if (found := int(labels.max()) + 1) != config.data.classes:
         raise Failure(f"{config.data.name} has {found} classes, the configuration says "
                       f"{config.data.classes}: --set classes={found}")
@@ -304,25 +309,31 @@ def find_device(name: str):
         raise click.UsageError(f"--device {name} cannot be used here: {reason}") from error
 
 
+# ---------------------------------------------------------------------------- training
+
+
 def learning_rate(update: int, train: Train) -> float:
     """The rate of update 1, 2, ...: linear warm-up, then constant or a cosine to 0."""
-    rate = train.rate * min(1.0, update / max(1, train.warmup))
+    rate = train.rate * min(1.0, update / train.warmup) if train.warmup else train.rate
     if train.decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * (update - 1) / train.updates))
     return rate
 
 
-@lru_cache(maxsize=1)
-def _epoch_order(count: int, seed: int, epoch: int):
-    import torch
+class Batches:
+    """Indices of the training images of update 1, 2, ...: each epoch a new order, from the seed."""
 
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    def __init__(self, count: int, batch: int, seed: int):
+        self.count, self.batch, self.seed, self.epoch = count, batch, seed, None
 
+    def __call__(self, update: int):
+        import torch
 
-def batch_indices(update: int, count: int, train: Train):
-    """The images of update 1, 2, ... of `count`: each epoch a new order, from the seed alone."""
-    epoch, position = divmod(update - 1, count // train.batch)
-    return _epoch_order(count, train.seed, epoch)[position * train.batch:][: train.batch]
+        epoch, position = divmod(update - 1, self.count // self.batch)
+        if epoch != self.epoch:
+            seeded = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(self.count, generator=seeded)
+        return self.order[position * self.batch:][: self.batch]
 
 
 class Log:
@@ -334,19 +345,32 @@ class Log:
             header, *rows = path.read_text().splitlines(keepends=True) or [""]
             kept = [r for r in rows if r.endswith("\n") and int(r.partition(",")[0]) <= done]
             write_whole(path, (header + "".join(kept)).encode() if kept else b"")
-        self.bar = click.progressbar(length=updates, show_pos=True, item_show_func=lambda s: s,
-                                     hidden=not sys.stdout.isatty())
-        self.bar.__enter__()
-        self.bar.update(done)
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = click.progressbar(length=updates, show_pos=True, item_show_func=lambda s: s)
+            self.bar.__enter__()
+            self.bar.update(done)
 
     def row(self, update: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            header = "" if file.tell() else ",".join(["update", *values]) + "\n"
-            file.write(header + ",".join(map(str, [update, *values.values()])) + "\n")
+        row = {"update": update, **values}
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, row, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.bar.hidden:
+        if self.bar:
+            self.bar.update(0, text)
+        else:
             click.echo(f"update {update}/{self.updates}  {text}")
-        self.bar.update(0, text)
+
+    def advance(self) -> None:
+        if self.bar:
+            self.bar.update(1)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.__exit__(None, None, None)
 
 
 @contextmanager
@@ -365,25 +389,15 @@ def claimed(folder: Path):
         yield
 
 
-@contextmanager
-def interruptions():
-    """A list that Ctrl-C and SIGTERM append to, instead of ending the program."""
-    caught = []
-    old = {s: signal.signal(s, lambda *_: caught.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
     """A run goes on only as it began, or longer, where nothing depends on its length."""
-    old, new = ({f"{s}.{k}": v for s, part in c.items() for k, v in part.items()} for c in (old, new))
-    differing = [k for k in new if old.get(k) != new[k]]
-    longer = differing == ["train.updates"] and old["train.updates"] < new["train.updates"]
-    if differing and not (longer and new["train.decay"] == "none"):
-        changes = ", ".join(f"{k} ({old.get(k)} there, {new[k]} here)" for k in differing)
+    flat = [{f"{s}.{k}": v for s, part in c.items() for k, v in part.items()} for c in (old, new)]
+    differing = [k for k in flat[1] if flat[0].get(k) != flat[1][k]]
+    longer = flat[0].get("train.updates", 0) < flat[1]["train.updates"]
+    if differing == ["train.updates"] and longer and flat[1]["train.decay"] == "none":
+        return
+    if differing:
+        changes = ", ".join(f"{k} ({flat[0].get(k)} there, {flat[1][k]} here)" for k in differing)
         raise Failure(f"{folder} holds a run with another configuration: {changes}. "
                       "Choose another folder with --out, or the same settings")
 
@@ -397,50 +411,64 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
     import sampling
 
     sampling.keep_freed_memory()
-    settings, c, path = config.train, config.chains, folder / "ckpt.pt"
-    images, labels = load_images(config, "train", data_dir)
+    settings, path = config.train, folder / "ckpt.pt"
+    images, _labels = load_images(config, "train", data_dir)
     if len(images) < settings.batch:
         raise Failure(f"{config.data.name} has {len(images)} training images, fewer than "
                       f"train.batch = {settings.batch}")
-    images, labels = images.to(device), labels.to(device)
+    images, labels = images.to(device), _labels.to(device)
     model = new_model(config, device)
-    betas = settings.beta1, settings.beta2
-    optimiser = torch.optim.Adam(model.parameters(), settings.rate, betas, settings.epsilon)
-    # torch's own generator of the device, seeded by new_model: a VAE's draws come from it too.
-    generator = torch.default_generator
-    if device.type == "cuda":
-        generator = torch.cuda.default_generators[device.index or 0]
-    buffer = model.chain and sampling.ReplayBuffer(c.buffer, config.data.image, c.reuse, generator)
+    optimiser = torch.optim.Adam(
+        model.parameters(), settings.rate, (settings.beta1, settings.beta2), settings.epsilon
+    )
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    buffer = sampling.ReplayBuffer(
+        config.chains.buffer, config.data.image, config.chains.reuse, generator
+    )
     bfloat16 = settings.precision == "bfloat16" or (
-        settings.precision == "auto" and sampling.bfloat16_pays(device))
-    chain = {"steps": c.steps, "step_size": c.step_size, "noise_std": c.noise_std,
-             "generator": generator, "bfloat16": bfloat16}
+        settings.precision == "auto" and sampling.bfloat16_pays(device)
+    )
+    chain = {k: getattr(config.chains, k) for k in ("steps", "step_size", "noise_std")}
+    batches = Batches(len(images), settings.batch, settings.seed)
     done, seconds = 0, 0.0
     if path.exists():
         state = load_checkpoint(path)
         refuse_other_config(state["config"], plain(config), folder)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        if buffer:
-            buffer.images.copy_(state["buffer"])
+        buffer.images.copy_(state["buffer"])
         generator.set_state(state["generator"])
         done, seconds = state["updates"], state["seconds"]
         click.echo(f"going on after update {done} of {path}")
     write_whole(folder / "config.yaml", as_yaml(config).encode())
-    picture_every = math.ceil(settings.updates / settings.pictures) if settings.pictures else 0
+
+    def save(update: int) -> None:
+        versions = {"torch": str(torch.__version__), "python": platform.python_version()}
+        save_checkpoint(path, {
+            "format": FORMAT, "preset": preset, "config": plain(config), "updates": update,
+            "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
+            "precision": "bfloat16" if bfloat16 else "float32", "device": device.type,
+            "versions": versions, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+            "buffer": buffer.images, "generator": generator.get_state(),
+        })
+
+    interrupted = []
+    handlers = {s: signal.signal(s, lambda number, _: interrupted.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM)}
     log, started = Log(folder / "log.csv", done, settings.updates), time.monotonic()
-    with log.bar, interruptions() as interrupted:
+    picture_every = math.ceil(settings.updates / settings.pictures) if settings.pictures else 0
+    try:
         for update in range(done + 1, settings.updates + 1):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(update, settings)
-            chosen = batch_indices(update, len(images), settings).to(device)
+            chosen = batches(update).to(device)
             x = data.normalise(images[chosen])  # (B, C, H, W)
             noise = torch.randn(x.shape, generator=generator, device=device)
             x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
-            chains = None
-            if buffer:
-                slots, chains = buffer.draw(settings.batch)
-                chains = sampling.advance(model, chains, **chain)
+            slots, chains = buffer.draw(settings.batch)
+            chains = sampling.fast_langevin(
+                model, model.energy, chains, bfloat16, generator=generator, **chain
+            )
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss, metrics = model.loss(x, labels[chosen], chains)
             largest = torch.stack([loss, *metrics.values()]).detach().abs().max()
@@ -449,69 +477,35 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
                     f"diverged at update {update}: loss or energies of {largest:.3g} (the bound is "
                     f"{settings.energy_bound:.3g}). No update was made of it. The last checkpoint, "
                     f"if there is one, is {path}; try a lower train.rate, more chains.steps, a "
-                    "higher model.l2 or model.l2_on=both")
+                    "higher model.l2 or model.l2_on=both"
+                )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            if buffer:
-                buffer.put(slots, chains)
+            buffer.put(slots, chains)
+            log.advance()
+            last = update == settings.updates or bool(interrupted)
+            if update % settings.log_every == 0 or update == settings.updates:
+                spent = seconds + time.monotonic() - started
+                rate = (update - done) / (time.monotonic() - started)
                 metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
-            log.bar.update(1)
-            last = update == settings.updates
-            if update % settings.log_every == 0 or last:
-                spent = time.monotonic() - started
                 log.row(update, {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()},
-                                 "seconds": round(seconds + spent, 1),
-                                 "updates_per_second": round((update - done) / spent, 3)})
-            if picture_every and (update % picture_every == 0 or last):
-                shown = buffer.images[:64] if buffer else evaluate.drawn(model, 64, settings.seed)
-                if shown is not None:
-                    name = folder / "samples" / f"{update:07d}.png"
-                    write_whole(name, evaluate.grid_png(shown))
-            if update % settings.checkpoint_every == 0 or last or interrupted:
-                save_checkpoint(path, {
-                    "format": FORMAT, "preset": preset, "config": plain(config), "updates": update,
-                    "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
-                    "precision": "bfloat16" if bfloat16 else "float32", "device": device.type,
-                    "versions": {"torch": str(torch.__version__),
-                                 "python": platform.python_version()},
-                    "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                    "generator": generator.get_state(),
-                    **({"buffer": buffer.images} if buffer else {})})
+                                 "seconds": round(spent, 1), "updates_per_second": round(rate, 3)})
+            if picture_every and (update % picture_every == 0 or update == settings.updates):
+                picture = evaluate.grid_png(buffer.images[:64])
+                write_whole(folder / "samples" / f"{update:07d}.png", picture)
+            if update % settings.checkpoint_every == 0 or last:
+                save(update)
             if interrupted:
-                return last
-    return True
+                break
+    finally:
+        log.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return not interrupted
 
 
-def options(*chosen):
-    """Click options that several commands share, by name."""
-    shared = {
-        "data": click.option("--data-dir", default="data", show_default=True,
-                             help="Where data sets are, or are downloaded to."),
-        "device": click.option("--device", default="auto", show_default=True,
-                               help="auto, cpu or cuda."),
-        "checkpoint": click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False),
-                                     metavar="CKPT"),
-        "checkpoints": click.argument("checkpoints", type=click.Path(exists=True, dir_okay=False),
-                                      nargs=-1, required=True, metavar="CKPT..."),
-        "json": click.option("--json", "form", flag_value="json", help="Figures for a program."),
-        "markdown": click.option("--markdown", "form", flag_value="markdown",
-                                 help="A table for a README."),
-        "seed": click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-        "split": click.option("--split", type=click.Choice(["train", "test"]), default="test",
-                              show_default=True),
-    }
-
-    def decorate(command):
-        for name in reversed(chosen):
-            command = shared[name](command)
-        return command
-
-    return decorate
-
-
-def out_option(default):
-    return click.option("--out", type=click.Path(dir_okay=False), default=default, show_default=True)
+# ---------------------------------------------------------------------------- commands
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -522,44 +516,52 @@ def main():
     """
 
 
+CHECKPOINT = click.Path(exists=True, dir_okay=False)
+DATA_DIR = click.option("--data-dir", default="data", show_default=True,
+                        help="Where data sets are, or are downloaded to.")
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+
+
 @main.command()
 @click.option("--preset", default="quickstart", show_default=True, help="See `show`.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="Change a value of the preset, say train.rate=3e-4; may be repeated.")
 @click.option("--out", type=click.Path(file_okay=False), help="Run folder.  [default: runs/PRESET]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="The same as --set train.seed=N.")
-@options("data", "device")
+@DATA_DIR
+@DEVICE
 def train(preset, settings, out, seed, data_dir, device):
     """Train, or go on where the run folder's checkpoint stopped.
 
     Example: python cebm.py train --preset cebm-fmnist --set chains.steps=20
     """
     config = compose(preset, settings + (() if seed is None else (f"train.seed={seed}",)))
-    folder, device = Path(out or f"runs/{preset}"), find_device(device)
-    path = folder / "ckpt.pt"
+    folder = Path(out or f"runs/{preset}")
+    device = find_device(device)
     with claimed(folder):
         finished = train_model(config, folder, data_dir, device, preset)
-    if not finished:
-        click.echo(f"interrupted; saved {path}. The same command goes on from there.")
-        sys.exit(130)
     where = "" if config.data.name == "glyphs" else f" --data-dir {data_dir}"
-    click.echo(f"{config.train.updates} updates done: {path}\nnow try:\n"
-               f"  python cebm.py knn {path}{where}\n  python cebm.py sample {path}")
+    if not finished:
+        click.echo(f"interrupted; saved {folder / 'ckpt.pt'}. The same command goes on from there.")
+        sys.exit(130)
+    click.echo(f"{config.train.updates} updates done: {folder / 'ckpt.pt'}\nnow try:\n"
+               f"  python cebm.py knn {folder / 'ckpt.pt'}{where}\n"
+               f"  python cebm.py sample {folder / 'ckpt.pt'}")
 
 
 @main.command()
-@options("checkpoint")
-@click.option("--from", "source", type=click.Choice(["buffer", "noise", "generator"]),
-              help="Where draws come from.  [default: the buffer, or the model's generator]")
+@click.argument("checkpoint", type=CHECKPOINT, metavar="CKPT")
+@click.option("--from", "source", type=click.Choice(["buffer", "noise"]), default="buffer",
+              show_default=True, help="Where chains start.")
 @click.option("--given", type=click.IntRange(1, 1000), metavar="N",
               help="For each of the first N test images draw from p(x | z), z its posterior mean.")
-@click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")
-@click.option("--refine", type=click.IntRange(0), metavar="STEPS",
-              help="A GAN's latents first take STEPS Langevin steps on E(z) = -log p(z) - logit D.")
+@click.option("--steps", type=click.IntRange(0), help="SGLD steps.  [default: as in training]")
 @click.option("--count", type=click.IntRange(1, 10_000), default=64, show_default=True)
-@out_option("samples.png")
-@options("seed", "data", "device")
-def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir, device):
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False), default="samples.png", show_default=True)
+@DATA_DIR
+@DEVICE
+def sample(checkpoint, source, given, steps, count, seed, out, data_dir, device):
     """Draw a grid of samples into a PNG.
 
     Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise --steps 500
@@ -572,197 +574,108 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
 
     device = find_device(device)
     model, config = load_model(checkpoint, device)
-    stored, c = load_checkpoint(checkpoint).get("buffer"), config.chains
-    chain = {"steps": c.steps if steps is None else steps, "step_size": c.step_size,
-             "noise_std": c.noise_std, "generator": torch.Generator(device).manual_seed(seed)}
-    draws = hasattr(model, "generate")
-    source = "noise" if given else source or ("generator" if draws else "buffer")
-    if source == "buffer" and stored is None and not draws:
+    generator = torch.Generator(device).manual_seed(seed)
+    chain = {"steps": config.chains.steps if steps is None else steps,
+             "step_size": config.chains.step_size, "noise_std": config.chains.noise_std}
+    stored = load_checkpoint(checkpoint).get("buffer") if source == "buffer" and not given else None
+    if source == "buffer" and not given and stored is None:
         click.echo(f"{checkpoint} has no replay buffer: starting from noise")
-        source = "noise"
-    conjugate = config.model.name in ("cebm", "gmm-cebm")
-    if (source == "generator") != draws or (given and not conjugate) or (
-            refine is not None and not hasattr(model, "latent_energy")):
-        what = "--refine" if refine is not None else "--given" if given else f"--from {source}"
-        raise click.UsageError(f"{what} is not for {config.model.name}, the model of {checkpoint}")
-    if draws:
-        def latent(z):
-            chain["steps"] = refine
-            return sampling.langevin(model.latent_energy, z, **chain)
-
-        write_whole(Path(out), evaluate.grid_png(
-            evaluate.drawn(model, count, seed, None if refine is None else latent)))
-        return click.echo(out)
-    originals, columns, energy = torch.empty(0, *config.data.image), None, model.energy
+    originals, columns, energy = None, None, model.energy
     if given:
-        originals = data.normalise(load_images(config, "test", data_dir)[0][:given]).to(device)
+        images, _labels = load_images(config, "test", data_dir)
+        originals = data.normalise(images[:given]).to(device)
         count = columns = len(originals)
-        z = model.represent(originals).detach()
+        with torch.no_grad():
+            z = model.represent(originals)
         energy = lambda x: model.joint_energy(x, z)  # noqa: E731
-    if source == "buffer":
+    if stored is not None:
+        count = min(count, len(stored))
         order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
         x = stored[order[:count]].to(device)
     else:
-        x = torch.rand(count, *config.data.image, generator=chain["generator"], device=device) * 2 - 1
-    end = sampling.fast_langevin(model, energy, x, **chain) if given else (
-        sampling.advance(model, x, **chain))
-    with torch.no_grad():
-        click.echo(f"{chain['steps']} steps: mean energy {energy(x).mean():.6g} -> "
-                   f"{energy(end).mean():.6g}, pixels {end.min():.3g} to {end.max():.3g}")
-    write_whole(Path(out), evaluate.grid_png(torch.cat([originals.to(end), end]), columns))
+        x = torch.rand(count, *config.data.image, generator=generator, device=device) * 2 - 1
+    start = energy(x).mean().item()
+    x = sampling.fast_langevin(model, energy, x, generator=generator, **chain)
+    click.echo(f"{chain['steps']} steps: mean energy {start:.4g} -> {energy(x).mean().item():.4g}, "
+               f"pixels {x.min().item():.3g} to {x.max().item():.3g}")
+    rows = x if originals is None else torch.cat([originals, x])
+    write_whole(Path(out), evaluate.grid_png(rows, columns))
     click.echo(out)
 
 
-def rows_of(checkpoints, device, data_dir: str, figures, form) -> list[dict]:
-    """A row a checkpoint, `figures(model, config, images and labels of both splits)` added; printed."""
-    import evaluate
-
-    rows = []
-    for checkpoint in checkpoints:
-        model, config = load_model(checkpoint, device)
-        splits = [load_images(config, split, data_dir) for split in ("train", "test")]
-        rows.append({"checkpoint": checkpoint, "model": config.model.name, "data": config.data.name,
-                     "updates": load_checkpoint(checkpoint)["updates"],
-                     **figures(model, config, *splits)})
-    if form == "json":
-        click.echo(json.dumps(rows))
-    else:
-        click.echo(evaluate.table(rows, markdown=form == "markdown"))
-    return rows
-
-
 @main.command()
-@options("checkpoints")
+@click.argument("checkpoints", type=CHECKPOINT, nargs=-1, required=True, metavar="CKPT...")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N training images.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="The last CKPT's confusion as a PNG.")
-@options("json", "markdown", "data", "device")
+@click.option("--json", "form", flag_value="json", help="Figures for a program.")
+@click.option("--markdown", "form", flag_value="markdown", help="A table for a README.")
+@DATA_DIR
+@DEVICE
 def knn(checkpoints, limit, plot, form, data_dir, device):
     """Exact 1-nearest-neighbour test accuracy (supplement E.1), in percent.
 
-    In latent space, in that of the same network untrained, and in pixel space; of a classifier also
-    its own accuracy.
+    In latent space, in that of the same network untrained, and in pixel space.
 
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
     import data
     import evaluate
 
-    device, names = find_device(device), []
-
-    def figures(model, config, train, test):
-        row, names[:] = {}, data.class_names(config.data.name, data_dir, config.data.classes)
+    device, rows = find_device(device), []
+    for checkpoint in checkpoints:
+        model, config = load_model(checkpoint, device)
+        (train_x, train_y), (test_x, test_y) = (
+            load_images(config, split, data_dir) for split in ("train", "test"))
+        train_x, train_y = train_x[:limit], train_y[:limit]
+        row = {"checkpoint": checkpoint, "model": config.model.name, "data": config.data.name,
+               "updates": load_checkpoint(checkpoint)["updates"]}
         untrained = new_model(config, device).eval()
-        for space, network in {"latent": model, "untrained": untrained, "pixel": None}.items():
-            a, b = (evaluate.latents(network, x, device) for x in (train[0][:limit], test[0]))
-            predicted = train[1][evaluate.nearest(a, b).cpu()]
-            counts = evaluate.confusion(test[1], predicted, config.data.classes)
-            row[space] = round(100 * counts.diag().sum().item() / counts.sum().item(), 2)
-            row.setdefault("confusion", counts.tolist())
-        if hasattr(model, "classify"):
-            right = evaluate.in_batches(model.classify, test[0], device).cpu() == test[1]
-            row["accuracy"] = round(100 * right.double().mean().item(), 2)
-        return row
-
-    rows = rows_of(checkpoints, device, data_dir, figures, form)
-    for row in rows if form is None else ():
-        click.echo(f"\n{row['checkpoint']}, rows true, columns predicted:")
-        click.echo(evaluate.confusion_text(row["confusion"], names))
+        spaces = {"latent": model, "untrained": untrained, "pixel": None}
+        for space, network in spaces.items():
+            a, b = (evaluate.latents(network, x, device) for x in (train_x, test_x))
+            predicted = train_y[evaluate.nearest(a, b).cpu()]
+            counts = evaluate.confusion(test_y, predicted, config.data.classes)
+            row[space] = round(100 * counts.diag().sum().item() / len(test_y), 2)
+            if space == "latent":
+                row["confusion"] = counts.tolist()
+        rows.append(row)
+        names = data.class_names(config.data.name, data_dir, config.data.classes)
+    if form == "json":
+        click.echo(json.dumps(rows))
+    else:
+        columns = [k for k in rows[0] if k != "confusion"]
+        click.echo(evaluate.table([{k: r[k] for k in columns} for r in rows], form == "markdown"))
+    if form is None:
+        for row in rows:
+            click.echo(f"\n{row['checkpoint']}, rows true, columns predicted:")
+            click.echo(evaluate.confusion_text(row["confusion"], names))
     if plot:
         write_whole(Path(plot), evaluate.confusion_png(rows[-1]["confusion"], names))
 
 
 @main.command()
-@options("checkpoints", "json", "markdown", "data", "device")
-def probe(checkpoints, form, data_dir, device):
-    """Logistic regression on the latents, percent right: mean and deviation of ten draws of labels.
-
-    With 1, 10, 100 and all labels a class.
-
-    Example: python cebm.py probe runs/quickstart/ckpt.pt
-    """
-    import evaluate
-
-    device = find_device(device)
-
-    def figures(model, config, train, test):
-        a, b = (evaluate.latents(model, x, device).cpu() for x in (train[0], test[0]))
-        row = {}
-        for labels in (1, 10, 100, None):
-            scores = evaluate.probe(a, train[1], b, test[1], config.data.classes, labels)
-            row |= {f"{labels or 'all'}{what}": round(v, 2)
-                    for what, v in zip(("", " std"), scores, strict=True)}
-        return row
-
-    rows_of(checkpoints, device, data_dir, figures, form)
-
-
-@main.command()
-@options("checkpoints")
-@click.option("--against", multiple=True, metavar="DATA",
-              help="Another data set; may be repeated. Uniform noise and constant images always.")
-@options("json", "markdown", "data", "device")
-def ood(checkpoints, against, form, data_dir, device):
-    """AUROC in percent of telling the test set from other data, by log p(x) and by its gradient.
-
-    log p(x) is -E(x), or a VAE's ELBO, up to a constant; the gradient's norm is the second score.
-
-    Example: python cebm.py ood runs/cebm-fmnist/ckpt.pt --against mnist
-    """
-    import torch
-
-    import evaluate
-
-    device = find_device(device)
-
-    def figures(model, config, train, test):
-        if not hasattr(model, "energy"):
-            raise Failure(f"{config.model.name} has no density of images to score with")
-        images, generator = test[0], torch.Generator().manual_seed(0)
-        level = torch.randint(256, (len(images), 1, 1, 1), generator=generator)
-        others = {name: load_images(config, "test", data_dir, name)[0] for name in against}
-        others["uniform"] = torch.randint(256, images.shape, generator=generator).byte()
-        others["constant"] = level.expand(images.shape).byte()
-        inside, row = evaluate.density_scores(model, images, device), {}
-        for name, other in others.items():
-            outside = evaluate.density_scores(model, other, device)
-            row |= {f"{name} {k}": round(evaluate.auroc(inside[k], outside[k]), 2) for k in inside}
-        return row
-
-    rows_of(checkpoints, device, data_dir, figures, form)
-
-
-@main.command()
-@options("checkpoint", "split")
-@click.option("--map", "map_", type=click.Path(dir_okay=False), metavar="PNG",
-              help="Also a picture of the latents in two dimensions, by UMAP if installed, or PCA.")
-@out_option("latents.npz")
-@options("data", "device")
-def export(checkpoint, split, map_, out, data_dir, device):
+@click.argument("checkpoint", type=CHECKPOINT, metavar="CKPT")
+@click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False), default="latents.npz", show_default=True)
+@DATA_DIR
+@DEVICE
+def export(checkpoint, split, out, data_dir, device):
     """Write the posterior's mean and std, the energy and the label of each image to an .npz.
 
-    Where a model has them; mean is the vector that `knn` uses.
-
-    Example: python cebm.py export runs/quickstart/ckpt.pt --split train --map map.png
+    Example: python cebm.py export runs/quickstart/ckpt.pt --split train
     """
     import numpy as np
-    import torch
 
-    import data
     import evaluate
 
     device = find_device(device)
     model, config = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
     arrays = evaluate.describe(model, images, device) | {"labels": labels.numpy()}
-    np.savez(content := io.BytesIO(), **arrays)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
     write_whole(Path(out), content.getvalue())
     click.echo(f"{out}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
-    if map_:
-        points, method = evaluate.plane(torch.tensor(arrays["mean"]))
-        names = data.class_names(config.data.name, data_dir, config.data.classes)
-        title = f"{config.model.name} on {config.data.name}, {method} of the {split} set's latents"
-        write_whole(Path(map_), evaluate.map_png(points, labels, names, title))
-        click.echo(f"{map_}: {method}")
 
 
 @main.command()
@@ -772,7 +685,7 @@ def show(what):
 
     Example: python cebm.py show cebm-fmnist
     """
-    names = list(presets(recipe_book()))
+    names = preset_names(recipes())
     if what is None:
         for name in names:
             c = compose(name)
@@ -782,8 +695,8 @@ def show(what):
         click.echo(as_yaml(compose(what)), nl=False)
     elif Path(what).is_file():
         state = load_checkpoint(what)
-        facts = {k: v for k, v in state.items() if k not in ("model", "optimiser")
-                 and isinstance(v, (str, int, float, dict))}
+        facts = {k: v for k, v in state.items() if isinstance(v, (str, int, float, dict))
+                 and k not in ("model", "optimiser")}
         facts["tensors"] = sum(v.numel() for v in state["model"].values())
         click.echo(yaml.safe_dump(facts, sort_keys=False, default_flow_style=None), nl=False)
     else:

@@ -1,4 +1,4 @@
-"""Langevin dynamics on an energy (chains descend E), block Gibbs and the replay buffer.
+"""Stochastic gradient Langevin dynamics on an energy (chains descend E) and the replay buffer.
 
 `langevin` is the reference; `fast_langevin` is the same chain with frozen parameters, channels-last
 memory and, where the hardware has it, bfloat16. Chains are images (B, C, H, W) of pixels in
@@ -67,22 +67,6 @@ def fast_langevin(module: nn.Module, energy, x: Tensor, bfloat16: bool = False, 
     x = x.contiguous(memory_format=torch.channels_last)
     with frozen(module), torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
         return langevin(energy, x, **chain).contiguous()
-
-
-def block_gibbs(sweep, x: Tensor, steps: int, generator: torch.Generator | None = None) -> Tensor:
-    """`steps` sweeps z ~ p(z | x), x ~ p(x | z): (B, C, H, W) -> (B, C, H, W), detached."""
-    with torch.no_grad():
-        for _ in range(steps):
-            x = sweep(x, generator)
-    return x
-
-
-def advance(model, x: Tensor, steps: int, generator, bfloat16=False, **langevin_settings) -> Tensor:
-    """Chains of `model.chain`'s kind, `steps` further: (B, C, H, W) -> (B, C, H, W)."""
-    if model.chain == "gibbs":
-        return block_gibbs(model.gibbs, x, steps, generator)
-    return fast_langevin(model, model.energy, x, bfloat16, steps=steps, generator=generator,
-                         **langevin_settings)
 
 
 class ReplayBuffer:
