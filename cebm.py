@@ -4,7 +4,6 @@ The commands, the configuration, checkpoints and the training loop. torch is imp
 functions that need it, so that `--help` answers at once.
 """
 
-import csv
 import difflib
 import fcntl
 import io
@@ -17,6 +16,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import click
@@ -27,9 +27,6 @@ FORMAT = 1  # of the checkpoint; another number is refused
 
 class Failure(click.ClickException):
     """Ends a command with one message on stderr and exit status 1."""
-
-
-# ---------------------------------------------------------------------------- configuration
 
 
 def _(low=None, high=None, choices=None, length=None):
@@ -150,39 +147,30 @@ def parse_config(tree, kind=Config, where: str = ""):
     return config
 
 
-def recipes() -> dict:
+def recipe_book() -> dict:
     """The contents of configs.yaml."""
     return yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
 
 
-def preset_names(book: dict) -> list[str]:
-    """Every preset that configs.yaml composes, the newcomer's first."""
-    names = [f"{m}-{d}" for m, model in book["models"].items() for d in model["data"]]
-    names += [f"{base}-{v}" for v, variant in book["variants"].items() for base in variant["of"]]
-    return list(book["presets"]) + names
+def presets(book: dict) -> dict[str, tuple[str, str, dict]]:
+    """Name -> (model, data, overrides) of every preset of configs.yaml, the newcomer's first."""
+    found = {n: (p["model"], p["data"], p["set"]) for n, p in book["presets"].items()}
+    found |= {f"{m}-{d}": (m, d, {}) for m, model in book["models"].items() for d in model["data"]}
+    return found | {f"{base}-{v}": (*found[base][:2], variant["set"])
+                    for v, variant in book["variants"].items() for base in variant["of"]}
 
 
 def compose(preset: str, settings=()) -> Config:
     """The configuration of `preset` with KEY=VALUE `settings` over it; keys as `train.rate`."""
-    book = recipes()
-    if preset not in (names := preset_names(book)):
-        raise click.UsageError(f"no preset {preset!r}{_nearest(preset, names)}")
-    listed = book["presets"].get(preset)
-    if listed:
-        model, data, overrides = listed["model"], listed["data"], listed["set"]
-    else:
-        model, data, variant = (preset.split("-") + [""])[-3:] if preset.count("-") == 1 else (
-            preset.rsplit("-", 2))
-        overrides = book["variants"][variant]["set"] if variant else {}
-    images = {"name": data, **book["data"][data]}
-    recipe = book["recipes"][book["models"][model]["recipe"]]
+    book = recipe_book()
+    if preset not in (known := presets(book)):
+        raise click.UsageError(f"no preset {preset!r}{_nearest(preset, known)}")
+    model, data, overrides = known[preset]
+    chosen, images = book["models"][model], {"name": data, **book["data"][data]}
     shape = book["trunks"][images.pop("trunk")]
-    tree = {
-        "data": {**recipe["data"], **images},
-        "model": {"name": model, **shape, **book["models"][model]["set"]},
-        "chains": dict(recipe["chains"]),
-        "train": dict(recipe["train"]),
-    }
+    tree = {section: dict(values) for section, values in book["recipes"][chosen["recipe"]].items()}
+    tree["data"] |= images
+    tree["model"] = {"name": model, **shape, **chosen["set"]}
     full = {f"{s.name}.{k.name}" for s in fields(Config) for k in fields(s.type)}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -211,9 +199,6 @@ def as_yaml(config: Config) -> str:
     return yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=None)
 
 
-# ---------------------------------------------------------------------------- checkpoints
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` so that a crash at any instant leaves the old file or the new one, whole."""
     draft = path.with_name(path.name + ".part")
@@ -236,8 +221,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """Tensors and plain values -> one file that `torch.load(weights_only=True)` reads."""
     import torch
 
-    content = io.BytesIO()
-    torch.save(state, content)
+    torch.save(state, content := io.BytesIO())
     write_whole(path, content.getbuffer())
 
 
@@ -309,31 +293,25 @@ def find_device(name: str):
         raise click.UsageError(f"--device {name} cannot be used here: {reason}") from error
 
 
-# ---------------------------------------------------------------------------- training
-
-
 def learning_rate(update: int, train: Train) -> float:
     """The rate of update 1, 2, ...: linear warm-up, then constant or a cosine to 0."""
-    rate = train.rate * min(1.0, update / train.warmup) if train.warmup else train.rate
+    rate = train.rate * min(1.0, update / max(1, train.warmup))
     if train.decay == "cosine":
         rate *= 0.5 * (1 + math.cos(math.pi * (update - 1) / train.updates))
     return rate
 
 
-class Batches:
-    """Indices of the training images of update 1, 2, ...: each epoch a new order, from the seed."""
+@lru_cache(maxsize=1)
+def _epoch_order(count: int, seed: int, epoch: int):
+    import torch
 
-    def __init__(self, count: int, batch: int, seed: int):
-        self.count, self.batch, self.seed, self.epoch = count, batch, seed, None
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
-    def __call__(self, update: int):
-        import torch
 
-        epoch, position = divmod(update - 1, self.count // self.batch)
-        if epoch != self.epoch:
-            seeded = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.epoch, self.order = epoch, torch.randperm(self.count, generator=seeded)
-        return self.order[position * self.batch:][: self.batch]
+def batch_indices(update: int, count: int, train: Train):
+    """The images of update 1, 2, ... of `count`: each epoch a new order, from the seed alone."""
+    epoch, position = divmod(update - 1, count // train.batch)
+    return _epoch_order(count, train.seed, epoch)[position * train.batch:][: train.batch]
 
 
 class Log:
@@ -345,32 +323,19 @@ class Log:
             header, *rows = path.read_text().splitlines(keepends=True) or [""]
             kept = [r for r in rows if r.endswith("\n") and int(r.partition(",")[0]) <= done]
             write_whole(path, (header + "".join(kept)).encode() if kept else b"")
-        self.bar = None
-        if sys.stdout.isatty():
-            self.bar = click.progressbar(length=updates, show_pos=True, item_show_func=lambda s: s)
-            self.bar.__enter__()
-            self.bar.update(done)
+        self.bar = click.progressbar(length=updates, show_pos=True, item_show_func=lambda s: s,
+                                     hidden=not sys.stdout.isatty())
+        self.bar.__enter__()
+        self.bar.update(done)
 
     def row(self, update: int, values: dict[str, float]) -> None:
-        row = {"update": update, **values}
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        with self.path.open("a") as file:
+            header = "" if file.tell() else ",".join(["update", *values]) + "\n"
+            file.write(header + ",".join(map(str, [update, *values.values()])) + "\n")
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.bar:
-            self.bar.update(0, text)
-        else:
+        if self.bar.hidden:
             click.echo(f"update {update}/{self.updates}  {text}")
-
-    def advance(self) -> None:
-        if self.bar:
-            self.bar.update(1)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.__exit__(None, None, None)
+        self.bar.update(0, text)
 
 
 @contextmanager
@@ -389,15 +354,27 @@ def claimed(folder: Path):
         yield
 
 
+@contextmanager
+def interruptions():
+    """A list that Ctrl-C and SIGTERM append to, instead of ending the program."""
+    caught = []
+    numbers = signal.SIGINT, signal.SIGTERM
+    old = {number: signal.signal(number, lambda *_: caught.append(1)) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
     """A run goes on only as it began, or longer, where nothing depends on its length."""
-    flat = [{f"{s}.{k}": v for s, part in c.items() for k, v in part.items()} for c in (old, new)]
-    differing = [k for k in flat[1] if flat[0].get(k) != flat[1][k]]
-    longer = flat[0].get("train.updates", 0) < flat[1]["train.updates"]
-    if differing == ["train.updates"] and longer and flat[1]["train.decay"] == "none":
-        return
-    if differing:
-        changes = ", ".join(f"{k} ({flat[0].get(k)} there, {flat[1][k]} here)" for k in differing)
+    old, new = ({f"{section}.{k}": v for section, part in c.items() for k, v in part.items()}
+                for c in (old, new))
+    differing = [k for k in new if old.get(k) != new[k]]
+    longer = differing == ["train.updates"] and old["train.updates"] < new["train.updates"]
+    if differing and not (longer and new["train.decay"] == "none"):
+        changes = ", ".join(f"{k} ({old.get(k)} there, {new[k]} here)" for k in differing)
         raise Failure(f"{folder} holds a run with another configuration: {changes}. "
                       "Choose another folder with --out, or the same settings")
 
@@ -411,25 +388,21 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
     import sampling
 
     sampling.keep_freed_memory()
-    settings, path = config.train, folder / "ckpt.pt"
-    images, _labels = load_images(config, "train", data_dir)
+    settings, c, path = config.train, config.chains, folder / "ckpt.pt"
+    images, labels = load_images(config, "train", data_dir)
     if len(images) < settings.batch:
         raise Failure(f"{config.data.name} has {len(images)} training images, fewer than "
                       f"train.batch = {settings.batch}")
-    images, labels = images.to(device), _labels.to(device)
+    images, labels = images.to(device), labels.to(device)
     model = new_model(config, device)
-    optimiser = torch.optim.Adam(
-        model.parameters(), settings.rate, (settings.beta1, settings.beta2), settings.epsilon
-    )
+    betas = settings.beta1, settings.beta2
+    optimiser = torch.optim.Adam(model.parameters(), settings.rate, betas, settings.epsilon)
     generator = torch.Generator(device).manual_seed(settings.seed)
-    buffer = sampling.ReplayBuffer(
-        config.chains.buffer, config.data.image, config.chains.reuse, generator
-    )
+    buffer = sampling.ReplayBuffer(c.buffer, config.data.image, c.reuse, generator)
     bfloat16 = settings.precision == "bfloat16" or (
-        settings.precision == "auto" and sampling.bfloat16_pays(device)
-    )
-    chain = {k: getattr(config.chains, k) for k in ("steps", "step_size", "noise_std")}
-    batches = Batches(len(images), settings.batch, settings.seed)
+        settings.precision == "auto" and sampling.bfloat16_pays(device))
+    chain = {"steps": c.steps, "step_size": c.step_size, "noise_std": c.noise_std,
+             "generator": generator, "bfloat16": bfloat16}
     done, seconds = 0, 0.0
     if path.exists():
         state = load_checkpoint(path)
@@ -441,34 +414,18 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
         done, seconds = state["updates"], state["seconds"]
         click.echo(f"going on after update {done} of {path}")
     write_whole(folder / "config.yaml", as_yaml(config).encode())
-
-    def save(update: int) -> None:
-        versions = {"torch": str(torch.__version__), "python": platform.python_version()}
-        save_checkpoint(path, {
-            "format": FORMAT, "preset": preset, "config": plain(config), "updates": update,
-            "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
-            "precision": "bfloat16" if bfloat16 else "float32", "device": device.type,
-            "versions": versions, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-            "buffer": buffer.images, "generator": generator.get_state(),
-        })
-
-    interrupted = []
-    handlers = {s: signal.signal(s, lambda number, _: interrupted.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
-    log, started = Log(folder / "log.csv", done, settings.updates), time.monotonic()
     picture_every = math.ceil(settings.updates / settings.pictures) if settings.pictures else 0
-    try:
+    log, started = Log(folder / "log.csv", done, settings.updates), time.monotonic()
+    with log.bar, interruptions() as interrupted:
         for update in range(done + 1, settings.updates + 1):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(update, settings)
-            chosen = batches(update).to(device)
+            chosen = batch_indices(update, len(images), settings).to(device)
             x = data.normalise(images[chosen])  # (B, C, H, W)
             noise = torch.randn(x.shape, generator=generator, device=device)
             x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
             slots, chains = buffer.draw(settings.batch)
-            chains = sampling.fast_langevin(
-                model, model.energy, chains, bfloat16, generator=generator, **chain
-            )
+            chains = sampling.fast_langevin(model, model.energy, chains, **chain)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss, metrics = model.loss(x, labels[chosen], chains)
             largest = torch.stack([loss, *metrics.values()]).detach().abs().max()
@@ -477,35 +434,34 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
                     f"diverged at update {update}: loss or energies of {largest:.3g} (the bound is "
                     f"{settings.energy_bound:.3g}). No update was made of it. The last checkpoint, "
                     f"if there is one, is {path}; try a lower train.rate, more chains.steps, a "
-                    "higher model.l2 or model.l2_on=both"
-                )
+                    "higher model.l2 or model.l2_on=both")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             buffer.put(slots, chains)
-            log.advance()
-            last = update == settings.updates or bool(interrupted)
-            if update % settings.log_every == 0 or update == settings.updates:
-                spent = seconds + time.monotonic() - started
-                rate = (update - done) / (time.monotonic() - started)
-                metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
+            metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
+            log.bar.update(1)
+            last = update == settings.updates
+            if update % settings.log_every == 0 or last:
+                spent = time.monotonic() - started
                 log.row(update, {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()},
-                                 "seconds": round(spent, 1), "updates_per_second": round(rate, 3)})
-            if picture_every and (update % picture_every == 0 or update == settings.updates):
+                                 "seconds": round(seconds + spent, 1),
+                                 "updates_per_second": round((update - done) / spent, 3)})
+            if picture_every and (update % picture_every == 0 or last):
                 picture = evaluate.grid_png(buffer.images[:64])
                 write_whole(folder / "samples" / f"{update:07d}.png", picture)
-            if update % settings.checkpoint_every == 0 or last:
-                save(update)
+            if update % settings.checkpoint_every == 0 or last or interrupted:
+                save_checkpoint(path, {
+                    "format": FORMAT, "preset": preset, "config": plain(config), "updates": update,
+                    "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
+                    "precision": "bfloat16" if bfloat16 else "float32", "device": device.type,
+                    "versions": {"torch": str(torch.__version__),
+                                 "python": platform.python_version()},
+                    "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+                    "generator": generator.get_state(), "buffer": buffer.images})
             if interrupted:
-                break
-    finally:
-        log.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return not interrupted
-
-
-# ---------------------------------------------------------------------------- commands
+                return last
+    return True
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -672,8 +628,7 @@ def export(checkpoint, split, out, data_dir, device):
     model, config = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
     arrays = evaluate.describe(model, images, device) | {"labels": labels.numpy()}
-    content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content := io.BytesIO(), **arrays)
     write_whole(Path(out), content.getvalue())
     click.echo(f"{out}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
 
@@ -685,7 +640,7 @@ def show(what):
 
     Example: python cebm.py show cebm-fmnist
     """
-    names = preset_names(recipes())
+    names = list(presets(recipe_book()))
     if what is None:
         for name in names:
             c = compose(name)

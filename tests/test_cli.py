@@ -142,9 +142,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(trained, tmp_
 def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
     run("train", *tiny("updates=4", "decay=none"), "--out", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    other = run("train", *tiny("updates=4", "decay=none", "rate=1e-3", "l2=0.2"), "--out", tmp_path)
+    other = run("train", *tiny("updates=4", "decay=none", "rate=2e-3", "l2=0.2"), "--out", tmp_path)
     assert other.exit_code == 1
-    assert "train.rate (0.0005 there, 0.001 here)" in other.stderr
+    assert "train.rate (0.001 there, 0.002 here)" in other.stderr
     assert "model.l2 (0.1 there, 0.2 here)" in other.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     longer = run("train", *tiny("updates=6", "decay=none"), "--out", tmp_path)
@@ -307,7 +307,7 @@ def test_the_literal_preset_differs_in_the_step_and_the_two_noises_alone():
     (["--set", "head=both"], "one of shared, separate"),
     (["--set", "channels=[1, 2]"], "a list of 4 whole numbers"),
     (["--set", "channels={a: [}"], "is not a YAML value"),
-    (["--set", "buffer=64"], "must not exceed chains.buffer"),
+    (["--set", "buffer=63"], "must not exceed chains.buffer"),
     (["--set", "image=[1, 4, 4]"], "at least 8 x 8"),
     (["--device", "abacus"], "--device abacus cannot be used here"),
     (["--seed", "-1"], "seed"),
