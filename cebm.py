@@ -323,8 +323,8 @@ class Log:
             header, *rows = path.read_text().splitlines(keepends=True) or [""]
             kept = [r for r in rows if r.endswith("\n") and int(r.partition(",")[0]) <= done]
             write_whole(path, (header + "".join(kept)).encode() if kept else b"")
-        self.bar = click.progressbar(length=updates, show_pos=True, item_show_func=lambda s: s,
-                                     hidden=not sys.stdout.isatty())
+        self.bar = click.progressbar(length=updates, show_pos=True, show_percent=False, width=8,
+                                     item_show_func=lambda s: s, hidden=not sys.stdout.isatty())
         self.bar.__enter__()
         self.bar.update(done)
 
@@ -332,10 +332,11 @@ class Log:
         with self.path.open("a") as file:
             header = "" if file.tell() else ",".join(["update", *values]) + "\n"
             file.write(header + ",".join(map(str, [update, *values.values()])) + "\n")
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self.bar.hidden:
+            text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             click.echo(f"update {update}/{self.updates}  {text}")
-        self.bar.update(0, text)
+        self.bar.update(0, "E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels "
+                        "{pixel_min:.1f}..{pixel_max:.1f} {updates_per_second:.3g}/s".format(**values))
 
 
 @contextmanager
