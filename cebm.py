@@ -335,8 +335,9 @@ class Log:
         if self.bar.hidden:
             text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             click.echo(f"update {update}/{self.updates}  {text}")
-        self.bar.update(0, "E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels "
-                        "{pixel_min:.1f}..{pixel_max:.1f} {updates_per_second:.3g}/s".format(**values))
+        shown = ("E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels "
+                 "{pixel_min:.1f}..{pixel_max:.1f} {updates_per_second:.3g}/s")
+        self.bar.update(0, shown.format(**values))
 
 
 @contextmanager
