@@ -646,8 +646,9 @@ def show(what):
     if what is None:
         for name in names:
             c = compose(name)
-            click.echo(f"{name:20} {c.model.name} on {c.data.name}: {c.train.updates} updates of "
-                       f"{c.chains.steps} steps, batch {c.train.batch}, rate {c.train.rate:g}")
+            click.echo(f"{name:20} {c.train.updates} updates of {c.chains.steps} steps of "
+                       f"{c.chains.step_size:g} with noise {c.chains.noise_std:g}, batch "
+                       f"{c.train.batch}, rate {c.train.rate:g}")
     elif what in names:
         click.echo(as_yaml(compose(what)), nl=False)
     elif Path(what).is_file():

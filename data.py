@@ -118,6 +118,8 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
     for i, (path, _) in enumerate(found.samples):
         try:
             with Image.open(path) as picture:
+                if picture.mode[0] in "IF":  # Pillow would clip it to 255
+                    raise ValueError("more than 8 bits a pixel")
                 picture = picture.convert("L" if channels == 1 else "RGB")
                 pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

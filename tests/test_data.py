@@ -155,6 +155,13 @@ def test_a_folder_keeps_pixels_that_already_fit(tmp_path):
     assert torch.equal(images[0], torch.tensor(pixels).permute(2, 0, 1))
 
 
+def test_images_of_16_bits_are_refused_and_not_clipped(tmp_path):
+    write_folder(tmp_path)
+    Image.fromarray(np.full((28, 28), 40_000, np.uint16)).save(tmp_path / "train/cat/0.png")
+    with pytest.raises(data.DataError, match=r"cat/0\.png cannot be read \(more than 8 bits"):
+        data.load("folder", "train", str(tmp_path), (1, 28, 28))
+
+
 def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     shape = (1, 28, 28)
     with pytest.raises(data.DataError, match="train is not a folder"):
