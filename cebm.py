@@ -239,6 +239,9 @@ def load_checkpoint(path) -> dict:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else None
         raise Failure(f"{path} is no checkpoint of format {FORMAT} (found: {found})")
+    parts = {"config": dict, "model": dict, "updates": int}
+    if lacking := [k for k, kind in parts.items() if not isinstance(state.get(k), kind)]:
+        raise Failure(f"{path} is no whole checkpoint: it lacks {', '.join(lacking)}")
     return state
 
 
@@ -260,8 +263,9 @@ def new_model(config: Config, device):
 
     import models
 
-    torch.manual_seed(config.train.seed)
-    model = models.build(config.model, config.data.image, config.data.classes)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.train.seed)
+        model = models.build(config.model, config.data.image, config.data.classes)
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -320,8 +324,10 @@ class Log:
     def __init__(self, path: Path, done: int, updates: int):
         self.path, self.updates = path, updates
         if path.exists():
-            header, *rows = path.read_text().splitlines(keepends=True) or [""]
-            kept = [r for r in rows if r.endswith("\n") and int(r.partition(",")[0]) <= done]
+            text = path.read_text(errors="replace").splitlines(keepends=True)
+            header, *rows = text or [""]
+            rows = [r for r in rows if r.endswith("\n") and r.partition(",")[0].isdecimal()]
+            kept = [r for r in rows if int(r.partition(",")[0]) <= done]
             write_whole(path, (header + "".join(kept)).encode() if kept else b"")
         self.bar = click.progressbar(length=updates, show_pos=True, show_percent=False, width=8,
                                      item_show_func=lambda s: s, hidden=not sys.stdout.isatty())
@@ -409,15 +415,20 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
     if path.exists():
         state = load_checkpoint(path)
         refuse_other_config(state["config"], plain(config), folder)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        buffer.images.copy_(state["buffer"])
-        generator.set_state(state["generator"])
-        done, seconds = state["updates"], state["seconds"]
+        try:
+            model.load_state_dict(state["model"])
+            optimiser.load_state_dict(state["optimiser"])
+            buffer.images.copy_(state["buffer"])
+            generator.set_state(state["generator"])
+            done, seconds = state["updates"], state["seconds"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise Failure(f"{path} cannot be gone on from: a part of its state is missing or is of "
+                          f"another device ({error!r:.80}). Choose another --out") from error
         click.echo(f"going on after update {done} of {path}")
     write_whole(folder / "config.yaml", as_yaml(config).encode())
     picture_every = math.ceil(settings.updates / settings.pictures) if settings.pictures else 0
     log, started = Log(folder / "log.csv", done, settings.updates), time.monotonic()
+    log.bar.start = time.time() - seconds  # what the remaining time is reckoned from
     with log.bar, interruptions() as interrupted:
         for update in range(done + 1, settings.updates + 1):
             for group in optimiser.param_groups:
@@ -430,20 +441,21 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
             chains = sampling.fast_langevin(model, model.energy, chains, **chain)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss, metrics = model.loss(x, labels[chosen], chains)
-            largest = torch.stack([loss, *metrics.values()]).detach().abs().max()
-            if not largest <= settings.energy_bound:  # waits for the device; false for NaN
-                raise Failure(
-                    f"diverged at update {update}: loss or energies of {largest:.3g} (the bound is "
-                    f"{settings.energy_bound:.3g}). No update was made of it. The last checkpoint, "
-                    f"if there is one, is {path}; try a lower train.rate, more chains.steps, a "
-                    "higher model.l2 or model.l2_on=both")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            slope = torch.stack([p.grad.abs().max() for p in model.parameters()])
+            largest = torch.stack([loss.detach(), *metrics.values(), slope.max()]).abs().max()
+            if not largest <= settings.energy_bound:  # waits for the device; false for NaN
+                raise Failure(
+                    f"diverged at update {update}: loss, energies or gradients of {largest:.3g} (the "
+                    f"bound is {settings.energy_bound:.3g}). No update was made of it. The last checkpoint, "
+                    f"if there is one, is {path}; try a lower train.rate, more chains.steps, a "
+                    "higher model.l2 or model.l2_on=both")
             optimiser.step()
             buffer.put(slots, chains)
             metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
             log.bar.update(1)
-            last = update == settings.updates
+            last, stop = update == settings.updates, bool(interrupted)
             if update % settings.log_every == 0 or last:
                 spent = time.monotonic() - started
                 log.row(update, {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()},
@@ -452,7 +464,7 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
             if picture_every and (update % picture_every == 0 or last):
                 picture = evaluate.grid_png(buffer.images[:64])
                 write_whole(folder / "samples" / f"{update:07d}.png", picture)
-            if update % settings.checkpoint_every == 0 or last or interrupted:
+            if update % settings.checkpoint_every == 0 or last or stop:
                 save_checkpoint(path, {
                     "format": FORMAT, "preset": preset, "config": plain(config), "updates": update,
                     "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
@@ -461,7 +473,7 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
                                  "python": platform.python_version()},
                     "model": model.state_dict(), "optimiser": optimiser.state_dict(),
                     "generator": generator.get_state(), "buffer": buffer.images})
-            if interrupted:
+            if stop:
                 return last
     return True
 
@@ -579,7 +591,7 @@ def knn(checkpoints, limit, plot, form, data_dir, device):
     import data
     import evaluate
 
-    device, rows = find_device(device), []
+    device, rows, names = find_device(device), [], []
     for checkpoint in checkpoints:
         model, config = load_model(checkpoint, device)
         (train_x, train_y), (test_x, test_y) = (
@@ -597,18 +609,18 @@ def knn(checkpoints, limit, plot, form, data_dir, device):
             if space == "latent":
                 row["confusion"] = counts.tolist()
         rows.append(row)
-        names = data.class_names(config.data.name, data_dir, config.data.classes)
+        names.append(data.class_names(config.data.name, data_dir, config.data.classes))
     if form == "json":
         click.echo(json.dumps(rows))
     else:
         columns = [k for k in rows[0] if k != "confusion"]
         click.echo(evaluate.table([{k: r[k] for k in columns} for r in rows], form == "markdown"))
     if form is None:
-        for row in rows:
+        for row, classes in zip(rows, names, strict=True):
             click.echo(f"\n{row['checkpoint']}, rows true, columns predicted:")
-            click.echo(evaluate.confusion_text(row["confusion"], names))
+            click.echo(evaluate.confusion_text(row["confusion"], classes))
     if plot:
-        write_whole(Path(plot), evaluate.confusion_png(rows[-1]["confusion"], names))
+        write_whole(Path(plot), evaluate.confusion_png(rows[-1]["confusion"], names[-1]))
 
 
 @main.command()

@@ -3,6 +3,7 @@
 Four data sets through torchvision, a folder of the user's own, and `glyphs`, digits drawn by code.
 """
 
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
         try:
             data = found(data_dir, download=False, **which)
         except RuntimeError:  # torchvision: "Dataset not found or corrupted"
-            print(f"{where} is absent or incomplete: downloading")
+            print(f"{where} is absent or incomplete: downloading", file=sys.stderr)
             data = found(data_dir, download=True, **which)
     except Exception as error:  # torchvision raises whatever its parsers and the network raise
         reason = str(error).partition("\n")[0] or repr(error)

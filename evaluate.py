@@ -36,7 +36,7 @@ def describe(model, images: Tensor, device) -> dict:
     return {"mean": out[:, :dim], "std": out[:, dim:-1], "energy": out[:, -1]}
 
 
-def nearest(train: Tensor, test: Tensor, floats: int = 2**26) -> Tensor:
+def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     """Index (M,) of the training vector (N, D) nearest to each test vector (M, D) in L2.
 
     Exact: distances in float32 by one matrix product a chunk of at most `floats` numbers; whatever
@@ -44,15 +44,15 @@ def nearest(train: Tensor, test: Tensor, floats: int = 2**26) -> Tensor:
     """
     centre = train.mean(0)
     a, b = train - centre, test - centre
-    squares = (a * a).sum(1)
+    squares, lengths = (a * a).sum(1), a.norm(dim=1)
     # Rounding of |a|^2 - 2ab: a sum of D products of at most |a| |b|, each off by an ulp or two.
     unit = torch.finfo(a.dtype).eps * (a.shape[1] + 4)
     found = []
     for rows in b.split(max(1, floats // len(a))):
         scores = torch.addmm(squares, rows, a.T, alpha=-2)  # (rows, N)
-        best, index = scores.min(1)
-        reach = unit * (squares.max().sqrt() + rows.norm(dim=1)).square()
-        close = scores <= (best + 2 * reach)[:, None]
+        index = scores.argmin(1)
+        reach = unit * (lengths + rows.norm(dim=1)[:, None]).square()
+        close = scores - reach <= (scores + reach).amin(1, keepdim=True)
         for row in (close.sum(1) > 1).nonzero()[:, 0].tolist():
             candidates = close[row].nonzero()[:, 0]
             exact = train[candidates].double() - test[sum(map(len, found)) + row].double()
