@@ -448,7 +448,7 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
             if not largest <= settings.energy_bound:  # waits for the device; false for NaN
                 raise Failure(
                     f"diverged at update {update}: loss, energies or gradients of {largest:.3g} "
-                    f"(the bound is {settings.energy_bound:.3g}). No update was made of it. The last "
+                    f"(the bound is {settings.energy_bound:.3g}). No update was made. The last "
                     f"checkpoint, if any, is {path}; try a lower train.rate, more chains.steps, a "
                     "higher model.l2 or model.l2_on=both")
             optimiser.step()
