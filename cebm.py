@@ -335,9 +335,13 @@ class Log:
         self.bar.update(done)
 
     def row(self, update: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
-            header = "" if file.tell() else ",".join(["update", *values]) + "\n"
-            file.write(header + ",".join(map(str, [update, *values.values()])) + "\n")
+        try:
+            with self.path.open("a") as file:
+                header = "" if file.tell() else ",".join(["update", *values]) + "\n"
+                file.write(header + ",".join(map(str, [update, *values.values()])) + "\n")
+        except OSError as error:
+            raise Failure(f"cannot write {self.path}: {error.strerror}. The last checkpoint is "
+                          "intact; make room and start the same command again") from error
         if self.bar.hidden:
             text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             click.echo(f"update {update}/{self.updates}  {text}")

@@ -438,6 +438,16 @@ def test_a_folder_that_cannot_be_written_keeps_its_old_file(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def full(self, *arguments):
+        raise OSError(28, "No space left on device")
+
+    log = cebm.Log(tmp_path / "log.csv", 0, 10)
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(cebm.Failure, match=r"log\.csv: No space left on device"):
+        log.row(1, {"loss": 1.0})
+
+
 def test_help_needs_no_torch():
     for command in ("", "train", "sample", "knn", "export", "show"):
         code = ("import sys, cebm\ntry: cebm.main(sys.argv[1:])\nexcept SystemExit: pass\n"
