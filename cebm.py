@@ -345,9 +345,10 @@ class Log:
         if self.bar.hidden:
             text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             click.echo(f"update {update}/{self.updates}  {text}")
-        shown = ("E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels "
-                 "{pixel_min:.1f}..{pixel_max:.1f} {updates_per_second:.3g}/s")
-        self.bar.update(0, shown.format(**values))
+        else:
+            shown = ("E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels "
+                     "{pixel_min:.1f}..{pixel_max:.1f} {updates_per_second:.3g}/s")
+            self.bar.update(0, shown.format(**values))
 
 
 @contextmanager
@@ -457,11 +458,11 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
                     "higher model.l2 or model.l2_on=both")
             optimiser.step()
             buffer.put(slots, chains)
-            metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
             log.bar.update(1)
             last, stop = update == settings.updates, bool(interrupted)
             if update % settings.log_every == 0 or last:
                 spent = time.monotonic() - started
+                metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
                 log.row(update, {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()},
                                  "seconds": round(seconds + spent, 1),
                                  "updates_per_second": round((update - done) / spent, 3)})
