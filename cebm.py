@@ -14,7 +14,7 @@ import platform
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,10 @@ from pathlib import Path
 import click
 import yaml
 
-FORMAT = 1  # of the checkpoint; another number is refused
+FORMAT = 2  # of the checkpoint; another number is refused
+DATA = "mnist", "fmnist", "cifar10", "svhn", "glyphs", "folder"
+MODELS = ("cebm", "gmm-cebm", "igebm", "vae", "gmm-vae", "bigan", "gmm-bigan", "gan", "jem", "hdge",
+          "rbm", "efh")
 
 
 class Failure(click.ClickException):
@@ -35,7 +38,7 @@ def _(low=None, high=None, choices=None, length=None):
 
 @dataclass(frozen=True)
 class Data:
-    name: str = _(choices=("mnist", "fmnist", "cifar10", "svhn", "glyphs", "folder"))
+    name: str = _(choices=DATA)
     image: tuple[int, ...] = _(1, 512, length=3)  # channels, height, width
     classes: int = _(1, 10_000)
     extra: bool = _()  # SVHN: train on the extra images too
@@ -44,7 +47,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: str = _(choices=("cebm",))
+    name: str = _(choices=MODELS)
     channels: tuple[int, ...] = _(1, 4096, length=4)
     hidden: int = _(1, 65_536)
     latent: int = _(1, 65_536)
@@ -52,6 +55,12 @@ class Model:
     t2: str = _(choices=("square", "softplus"))
     l2: float = _(0, 1e6)
     l2_on: str = _(choices=("data", "both"))
+    components: int = _(1, 10_000)  # of the Gaussian prior; 1 is N(0, I), more are learned
+    prior_mean_std: float = _(0, 1e3)  # components start with means of this deviation
+    prior_std: tuple[float, ...] = _(1e-3, 1e3, length=2)  # and deviations uniform between these
+    represent: str = _(choices=("mixture", "component"))  # whose mean stands for an image
+    likelihood: str = _(choices=("continuous_bernoulli", "bernoulli"))  # of a VAE
+    visible_std: float = _(1e-3, 1e3)  # of an EFH's x given z, in pixels of [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -94,28 +103,21 @@ def _nearest(word, known) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
 
 
-def _checked(key: str, kind, rule: dict, value):
+def _checked(key: str, kind, value, low, high, choices, length):
     """`value` with the type and bounds of field `key`, or a usage error that names them."""
-    low, high, choices, length = (rule[k] for k in ("low", "high", "choices", "length"))
-    between = f" from {low:,} to {high:,}" if high is not None else ""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
-    wanted = names.get(kind, f"a list of {length} whole numbers") + between
-    wanted = f"one of {', '.join(choices)}" if choices else wanted
-    refusal = click.UsageError(f"{key} = {value!r}: it has to be {wanted}")
-    if kind not in names:
-        if not isinstance(value, (list, tuple)) or len(value) != length:
-            raise refusal
-        return tuple(_checked(key, int, {**rule, "length": None}, v) for v in value)
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+    if length and isinstance(value, (list, tuple)) and len(value) == length:
+        return tuple(_checked(key, kind.__args__[0], v, low, high, choices, None) for v in value)
+    if kind is float and type(value) in (int, str):
+        with suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 1e-4, without a dot, as a word
-        except (ValueError, OverflowError):
-            raise refusal from None
-    if type(value) is not kind or (choices and value not in choices):
-        raise refusal
-    if high is not None and not low <= value <= high:  # false for NaN too
-        raise refusal
-    return value
+    if type(value) is kind and (value in choices if choices else high is None
+                                or low <= value <= high):  # false for NaN too
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false"}
+    wanted = f"one of {', '.join(choices)}" if choices else (
+        names.get(kind, f"a list of {length} numbers, each")
+        + (f" from {low:,} to {high:,}" if high is not None else ""))
+    raise click.UsageError(f"{key} = {value!r}: it has to be {wanted}")
 
 
 def parse_config(tree, kind=Config, where: str = ""):
@@ -123,27 +125,24 @@ def parse_config(tree, kind=Config, where: str = ""):
     if not isinstance(tree, dict):
         raise click.UsageError(f"{where or 'the configuration'} has to be a section of keys")
     known = {f.name: f for f in fields(kind)}
-    for key in tree:
-        if key not in known:
-            raise click.UsageError(f"unknown key {where}{key}{_nearest(key, known)}")
+    if unknown := [key for key in tree if key not in known]:
+        raise click.UsageError(f"unknown key {where}{unknown[0]}{_nearest(unknown[0], known)}")
     if missing := [where + name for name in known if name not in tree]:
         raise click.UsageError(f"missing from the configuration: {', '.join(missing)}")
-    values = {}
-    for name, f in known.items():
-        if is_dataclass(f.type):
-            values[name] = parse_config(tree[name], f.type, f"{where}{name}.")
-        else:
-            values[name] = _checked(where + name, f.type, f.metadata, tree[name])
-    config = kind(**values)
+    config = kind(**{
+        name: parse_config(tree[name], f.type, f"{where}{name}.") if is_dataclass(f.type)
+        else _checked(where + name, f.type, tree[name], **f.metadata) for name, f in known.items()})
     if kind is Config:
+        name, image, size = config.model.name, list(config.data.image), config.data.image[1:]
+        draws = name.endswith(("vae", "gan"))
+        if min(size) < 8 or (draws and size not in ((28, 28), (32, 32))):
+            wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
+            raise click.UsageError(f"data.image = {image}: {name} needs {wanted} pixels")
         if config.train.batch > config.chains.buffer:
-            raise click.UsageError(
-                f"train.batch = {config.train.batch}: it must not exceed chains.buffer = "
-                f"{config.chains.buffer}, each chain of a batch has a slot of its own"
-            )
-        if min(config.data.image[1:]) < 8:
-            raise click.UsageError(f"data.image = {list(config.data.image)}: three strides of 2 "
-                                   "need images of at least 8 x 8 pixels")
+            raise click.UsageError(f"train.batch = {config.train.batch}: it must not exceed "
+                                   f"chains.buffer = {config.chains.buffer}, a slot for each chain")
+        if name in ("rbm", "efh") and config.model.components > 1:
+            raise click.UsageError(f"model.components = {config.model.components}: {name} has 1")
     return config
 
 
@@ -162,31 +161,35 @@ def presets(book: dict) -> dict[str, tuple[str, str, dict]]:
 
 def compose(preset: str, settings=()) -> Config:
     """The configuration of `preset` with KEY=VALUE `settings` over it; keys as `train.rate`."""
-    book = recipe_book()
-    if preset not in (known := presets(book)):
-        raise click.UsageError(f"no preset {preset!r}{_nearest(preset, known)}")
-    model, data, overrides = known[preset]
-    chosen, images = book["models"][model], {"name": data, **book["data"][data]}
-    shape = book["trunks"][images.pop("trunk")]
-    tree = {section: dict(values) for section, values in book["recipes"][chosen["recipe"]].items()}
-    tree["data"] |= images
-    tree["model"] = {"name": model, **shape, **chosen["set"]}
-    full = {f"{s.name}.{k.name}" for s in fields(Config) for k in fields(s.type)}
+    full = sorted(f"{s.name}.{k.name}" for s in fields(Config) for k in fields(s.type))
+    chosen = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        matches = [k for k in sorted(full) if k == key or k.split(".")[1] == key]
+        matches = [k for k in full if key in (k, k.split(".")[1])]
         if not equals or len(matches) != 1:
             why = "is not KEY=VALUE" if not equals else (
-                f"could be {' or '.join(matches)}" if matches else
-                f"is no key{_nearest(key, sorted(full))}")
+                f"could be {' or '.join(matches)}" if matches else f"is no key{_nearest(key, full)}")
             raise click.UsageError(f"--set {setting}: {key!r} {why}")
         try:
-            overrides = {**overrides, matches[0]: yaml.safe_load(text)}
+            chosen[matches[0]] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise click.UsageError(f"--set {setting}: {text!r} is not a YAML value") from None
-    for key, value in overrides.items():
-        section, name = key.split(".")
-        tree[section][name] = value
+    try:
+        book = recipe_book()
+        if preset not in (known := presets(book)):
+            raise click.UsageError(f"no preset {preset!r}{_nearest(preset, known)}")
+        name, data, overrides = known[preset]
+        model, images = book["models"][name], dict(book["data"][data])
+        shape, recipe = book["trunks"][images.pop("trunk")], book["recipes"][model["recipe"]]
+        tree = {section: values | recipe.get(section, {})
+                for section, values in book["recipes"]["common"].items()}
+        tree["data"] |= {"name": data, **images}
+        tree["model"] |= {"name": name, **shape, **model["set"]}
+        for key, value in (overrides | chosen).items():
+            section, key = key.split(".")
+            tree[section][key] = value
+    except (OSError, yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError) as error:
+        raise click.UsageError(f"configs.yaml, {preset}: {error!r}") from error
     return parse_config(tree)
 
 
@@ -195,8 +198,8 @@ def plain(config: Config) -> dict:
     return json.loads(json.dumps(asdict(config)))
 
 
-def as_yaml(config: Config) -> str:
-    return yaml.safe_dump(plain(config), sort_keys=False, default_flow_style=None)
+def as_yaml(tree: dict) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -217,16 +220,8 @@ def write_whole(path: Path, content: bytes) -> None:
                       "make room or choose another folder with --out") from error
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Tensors and plain values -> one file that `torch.load(weights_only=True)` reads."""
-    import torch
-
-    torch.save(state, content := io.BytesIO())
-    write_whole(path, content.getbuffer())
-
-
 def load_checkpoint(path) -> dict:
-    """The dictionary of `save_checkpoint`, on the CPU. Never runs code from the file."""
+    """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
     import torch
 
     try:
@@ -245,8 +240,8 @@ def load_checkpoint(path) -> dict:
     return state
 
 
-def load_model(path, device: str = "cpu"):
-    """A checkpoint's model in evaluation mode on `device`, and its `Config`."""
+def open_checkpoint(path, device="cpu"):
+    """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
     state = load_checkpoint(path)
     try:
         config = parse_config(state["config"])
@@ -254,7 +249,12 @@ def load_model(path, device: str = "cpu"):
         model.load_state_dict(state["model"])
     except (click.UsageError, KeyError, RuntimeError) as error:
         raise Failure(f"{path} does not fit this version: {str(error).splitlines()[0]}") from error
-    return model.eval(), config
+    return model.eval(), config, state
+
+
+def load_model(path, device="cpu"):
+    """A checkpoint's model in evaluation mode on `device`, and its `Config`."""
+    return open_checkpoint(path, device)[:2]
 
 
 def new_model(config: Config, device):
@@ -269,32 +269,19 @@ def new_model(config: Config, device):
     return model.to(device, memory_format=torch.channels_last)
 
 
-def load_images(config: Config, split: str, data_dir: str):
-    """uint8 images and labels of the data that `config` names."""
+def load_images(config: Config, split: str, data_dir: str, other: str = ""):
+    """uint8 images and labels of the data that `config` names, or of `other` data."""
     import data
 
-    shape, extra = config.data.image, config.data.extra
+    name, shape, extra = other or config.data.name, config.data.image, config.data.extra
     try:
-        images, labels = data.load(config.data.name, split, data_dir, shape, extra)
+        images, labels = data.load(name, split, data_dir, shape, extra)
     except data.DataError as error:
         raise Failure(str(error)) from error
-    if (found := int(labels.max()) + 1) != config.data.classes:
-        raise Failure(f"{config.data.name} has {found} classes, the configuration says "
-                      f"{config.data.classes}: --set classes={found}")
+    if not other and (found := int(labels.max()) + 1) != config.data.classes:
+        raise Failure(f"{name} has {found} classes, the configuration says {config.data.classes}: "
+                      f"--set classes={found}")
     return images, labels
-
-
-def find_device(name: str):
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise click.UsageError(f"--device {name} cannot be used here: {reason}") from error
 
 
 def learning_rate(update: int, train: Train) -> float:
@@ -324,8 +311,7 @@ class Log:
     def __init__(self, path: Path, done: int, updates: int):
         self.path, self.updates = path, updates
         if path.exists():
-            text = path.read_text(errors="replace").splitlines(keepends=True)
-            header, *rows = text or [""]
+            header, *rows = path.read_text(errors="replace").splitlines(keepends=True) or [""]
             rows = [r for r in rows if r.endswith("\n") and r.partition(",")[0].isdecimal()]
             kept = [r for r in rows if int(r.partition(",")[0]) <= done]
             write_whole(path, (header + "".join(kept)).encode() if kept else b"")
@@ -346,9 +332,9 @@ class Log:
             text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             click.echo(f"update {update}/{self.updates}  {text}")
         else:
-            shown = ("E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels "
-                     "{pixel_min:.1f}..{pixel_max:.1f} {updates_per_second:.3g}/s")
-            self.bar.update(0, shown.format(**values))
+            shown = "E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels " \
+                    "{pixel_min:.1f}..{pixel_max:.1f}" if "gap" in values else "loss {loss:.4g}"
+            self.bar.update(0, (shown + " {updates_per_second:.3g}/s").format(**values))
 
 
 @contextmanager
@@ -370,8 +356,7 @@ def claimed(folder: Path):
 @contextmanager
 def interruptions():
     """A list that Ctrl-C and SIGTERM append to, instead of ending the program."""
-    caught = []
-    numbers = signal.SIGINT, signal.SIGTERM
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
     old = {number: signal.signal(number, lambda *_: caught.append(1)) for number in numbers}
     try:
         yield caught
@@ -402,35 +387,37 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
 
     sampling.keep_freed_memory()
     settings, c, path = config.train, config.chains, folder / "ckpt.pt"
-    images, labels = load_images(config, "train", data_dir)
+    images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
     if len(images) < settings.batch:
         raise Failure(f"{config.data.name} has {len(images)} training images, fewer than "
                       f"train.batch = {settings.batch}")
-    images, labels = images.to(device), labels.to(device)
     model = new_model(config, device)
+    torch.manual_seed(settings.seed)  # of the device's own generator: some losses draw from it too
+    generator = torch.default_generator if device.type == "cpu" else (
+        torch.cuda.default_generators[device.index or 0])
     betas = settings.beta1, settings.beta2
     optimiser = torch.optim.Adam(model.parameters(), settings.rate, betas, settings.epsilon)
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    buffer = sampling.ReplayBuffer(c.buffer, config.data.image, c.reuse, generator)
-    bfloat16 = settings.precision == "bfloat16" or (
-        settings.precision == "auto" and sampling.bfloat16_pays(device))
-    chain = {"steps": c.steps, "step_size": c.step_size, "noise_std": c.noise_std,
-             "generator": generator, "bfloat16": bfloat16}
-    done, seconds = 0, 0.0
+    buffer = model.chain and sampling.ReplayBuffer(c.buffer, config.data.image, c.reuse, generator)
+    done, seconds, precision = 0, 0.0, settings.precision
+    if precision == "auto":
+        precision = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
     if path.exists():
         state = load_checkpoint(path)
         refuse_other_config(state["config"], plain(config), folder)
         try:
             model.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
-            buffer.images.copy_(state["buffer"])
+            if buffer:
+                buffer.images.copy_(state["buffer"])
             generator.set_state(state["generator"])
-            done, seconds = state["updates"], state["seconds"]
+            done, seconds, precision = state["updates"], state["seconds"], state["precision"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Failure(f"{path} cannot be gone on from: a part of its state is missing or is of "
                           f"another device ({error!r:.80}). Choose another --out") from error
-        click.echo(f"going on after update {done} of {path}")
-    write_whole(folder / "config.yaml", as_yaml(config).encode())
+        click.echo(f"going on after update {done} of {path}, in {precision}")
+    chain = {"steps": c.steps, "step_size": c.step_size, "noise_std": c.noise_std,
+             "generator": generator, "bfloat16": precision == "bfloat16"}
+    write_whole(folder / "config.yaml", as_yaml(plain(config)).encode())
     picture_every = math.ceil(settings.updates / settings.pictures) if settings.pictures else 0
     log, started = Log(folder / "log.csv", done, settings.updates), time.monotonic()
     log.bar.start = time.time() - seconds  # what the remaining time is reckoned from
@@ -442,9 +429,11 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
             x = data.normalise(images[chosen])  # (B, C, H, W)
             noise = torch.randn(x.shape, generator=generator, device=device)
             x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
-            slots, chains = buffer.draw(settings.batch)
-            chains = sampling.fast_langevin(model, model.energy, chains, **chain)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            chains = None
+            if buffer:
+                slots, chains = buffer.draw(settings.batch)
+                chains = sampling.advance(model, chains, **chain)
+            with torch.autocast(device.type, torch.bfloat16, enabled=chain["bfloat16"]):
                 loss, metrics = model.loss(x, labels[chosen], chains)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -454,33 +443,93 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
                 raise Failure(
                     f"diverged at update {update}: loss, energies or gradients of {largest:.3g} "
                     f"(the bound is {settings.energy_bound:.3g}). No update was made. The last "
-                    f"checkpoint, if any, is {path}; try a lower train.rate, more chains.steps, a "
-                    "higher model.l2 or model.l2_on=both")
+                    f"checkpoint, if any, is {path}; try a lower train.rate" + buffer * (
+                        ", more chains.steps, a higher model.l2 or model.l2_on=both"))
             optimiser.step()
-            buffer.put(slots, chains)
+            if buffer:
+                buffer.put(slots, chains)
+                metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
             log.bar.update(1)
             last, stop = update == settings.updates, bool(interrupted)
             if update % settings.log_every == 0 or last:
                 spent = time.monotonic() - started
-                metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
                 log.row(update, {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()},
                                  "seconds": round(seconds + spent, 1),
                                  "updates_per_second": round((update - done) / spent, 3)})
             if picture_every and (update % picture_every == 0 or last):
-                picture = evaluate.grid_png(buffer.images[:64])
-                write_whole(folder / "samples" / f"{update:07d}.png", picture)
+                shown = buffer.images[:64] if buffer else evaluate.drawn(model, 64, settings.seed)
+                if shown is not None:
+                    name = folder / "samples" / f"{update:07d}.png"
+                    write_whole(name, evaluate.grid_png(shown))
             if update % settings.checkpoint_every == 0 or last or stop:
-                save_checkpoint(path, {
+                torch.save({
                     "format": FORMAT, "preset": preset, "config": plain(config), "updates": update,
                     "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
-                    "precision": "bfloat16" if bfloat16 else "float32", "device": device.type,
+                    "precision": precision, "device": device.type,
                     "versions": {"torch": str(torch.__version__),
                                  "python": platform.python_version()},
                     "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                    "generator": generator.get_state(), "buffer": buffer.images})
+                    "generator": generator.get_state(),
+                    **({"buffer": buffer.images} if buffer else {})}, content := io.BytesIO())
+                write_whole(path, content.getbuffer())
             if stop:
                 return last
     return True
+
+
+def _device(_context, _parameter, name: str):
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.UsageError(f"--device {name} cannot be used here: {reason}") from error
+
+
+FILE = click.Path(exists=True, dir_okay=False)
+CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
+DATA_DIR = click.option("--data-dir", default="data", show_default=True,
+                        help="Where data sets are, or are downloaded to.")
+DEVICE = click.option("--device", default="auto", show_default=True, callback=_device,
+                      help="auto, cpu or cuda.")
+
+
+def out_option(flag: str, default=None, text: str = ""):
+    """An option that names a file to write."""
+    return click.option(flag, type=click.Path(dir_okay=False), default=default, help=text,
+                        show_default=default is not None)
+
+
+def tabular(command):
+    """Options of the commands that print a table: checkpoints, its form, data, device."""
+    for option in (DEVICE, DATA_DIR,
+                   click.option("--markdown", "form", flag_value="markdown", help="For a README."),
+                   click.option("--json", "form", flag_value="json", help="For a program."),
+                   click.argument("checkpoints", type=FILE, nargs=-1, required=True,
+                                  metavar="CKPT...")):
+        command = option(command)
+    return command
+
+
+def tabulate(checkpoints, form, data_dir: str, device, figures) -> None:
+    """Prints a row a checkpoint with `figures(model, config, (images, labels) of train, of test)`.
+
+    A figure that is a list goes to JSON alone.
+    """
+    import evaluate
+
+    rows = []
+    for path in checkpoints:
+        model, config, state = open_checkpoint(path, device)
+        sets = [load_images(config, split, data_dir) for split in ("train", "test")]
+        rows.append({"checkpoint": path, "model": config.model.name, "data": config.data.name,
+                     "updates": state["updates"], **figures(model, config, *sets)})
+    shown = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+    click.echo(json.dumps(rows) if form == "json" else evaluate.table(shown, form == "markdown"))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -489,12 +538,6 @@ def main():
 
     Start with `python cebm.py train`, which trains on an embedded data set within minutes.
     """
-
-
-CHECKPOINT = click.Path(exists=True, dir_okay=False)
-DATA_DIR = click.option("--data-dir", default="data", show_default=True,
-                        help="Where data sets are, or are downloaded to.")
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 
 
 @main.command()
@@ -512,32 +555,32 @@ def train(preset, settings, out, seed, data_dir, device):
     """
     config = compose(preset, settings + (() if seed is None else (f"train.seed={seed}",)))
     folder = Path(out or f"runs/{preset}")
-    device = find_device(device)
+    path, where = folder / "ckpt.pt", f" --data-dir {data_dir}" * (config.data.name != "glyphs")
     with claimed(folder):
         finished = train_model(config, folder, data_dir, device, preset)
-    where = "" if config.data.name == "glyphs" else f" --data-dir {data_dir}"
     if not finished:
-        click.echo(f"interrupted; saved {folder / 'ckpt.pt'}. The same command goes on from there.")
+        click.echo(f"interrupted; saved {path}. The same command goes on from there.")
         sys.exit(130)
-    click.echo(f"{config.train.updates} updates done: {folder / 'ckpt.pt'}\nnow try:\n"
-               f"  python cebm.py knn {folder / 'ckpt.pt'}{where}\n"
-               f"  python cebm.py sample {folder / 'ckpt.pt'}")
+    click.echo(f"{config.train.updates} updates done: {path}\nnow try:\n"
+               f"  python cebm.py knn {path}{where}\n  python cebm.py sample {path}")
 
 
 @main.command()
-@click.argument("checkpoint", type=CHECKPOINT, metavar="CKPT")
-@click.option("--from", "source", type=click.Choice(["buffer", "noise"]), default="buffer",
-              show_default=True, help="Where chains start.")
+@CHECKPOINT
+@click.option("--from", "source", type=click.Choice(["buffer", "noise"]),
+              help="Where chains start.  [default: buffer]")
 @click.option("--given", type=click.IntRange(1, 1000), metavar="N",
-              help="For each of the first N test images draw from p(x | z), z its posterior mean.")
-@click.option("--steps", type=click.IntRange(0), help="SGLD steps.  [default: as in training]")
+              help="Draw from p(x | z), z the latents of each of the first N test images.")
+@click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")
+@click.option("--refine", type=click.IntRange(0), metavar="STEPS",
+              help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).")
 @click.option("--count", type=click.IntRange(1, 10_000), default=64, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False), default="samples.png", show_default=True)
+@out_option("--out", "samples.png")
 @DATA_DIR
 @DEVICE
-def sample(checkpoint, source, given, steps, count, seed, out, data_dir, device):
-    """Draw a grid of samples into a PNG.
+def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir, device):
+    """Draw a grid of samples into a PNG: chains, or a generator's images.
 
     Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise --steps 500
     """
@@ -547,109 +590,171 @@ def sample(checkpoint, source, given, steps, count, seed, out, data_dir, device)
     import evaluate
     import sampling
 
-    device = find_device(device)
-    model, config = load_model(checkpoint, device)
-    generator = torch.Generator(device).manual_seed(seed)
-    chain = {"steps": config.chains.steps if steps is None else steps,
-             "step_size": config.chains.step_size, "noise_std": config.chains.noise_std}
-    stored = load_checkpoint(checkpoint).get("buffer") if source == "buffer" and not given else None
-    if source == "buffer" and not given and stored is None:
-        click.echo(f"{checkpoint} has no replay buffer: starting from noise")
-    originals, columns, energy = None, None, model.energy
+    model, config, state = open_checkpoint(checkpoint, device)
+    decodes, c = hasattr(model, "decode"), config.chains
+    usable = {"from": not decodes, "steps": not decodes, "given": hasattr(model, "posterior"),
+              "refine": hasattr(model, "latent_energy")}
+    asked = {"from": source, "steps": steps, "given": given, "refine": refine}
+    for option in (k for k, v in asked.items() if v is not None and not usable[k]):
+        raise click.UsageError(f"--{option} is not for {config.model.name}, the model of "
+                               f"{checkpoint}")
+    generator, energy = torch.Generator(device).manual_seed(seed), getattr(model, "energy", None)
+    steps, originals = c.steps if steps is None else steps, torch.empty(0, *config.data.image)
+    buffer = None if given or source == "noise" else state.get("buffer")
     if given:
-        images, _labels = load_images(config, "test", data_dir)
-        originals = data.normalise(images[:given]).to(device)
-        count = columns = len(originals)
-        with torch.no_grad():
-            z = model.represent(originals)
-        energy = lambda x: model.joint_energy(x, z)  # noqa: E731
-    if stored is not None:
-        count = min(count, len(stored))
-        order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
-        x = stored[order[:count]].to(device)
+        originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
+        count, z = len(originals), model.represent(originals.to(device)).detach()
+        energy = energy if decodes or model.chain == "gibbs" else (
+            lambda x: model.joint_energy(x, z))
+    if decodes:
+        with evaluate.seeded(seed, device):
+            x = z if given else model.prior.sample(count).detach()
+        steps, energy = refine or 0, model.latent_energy if refine else None
+    elif given and model.chain == "gibbs":
+        x, steps = originals.to(device), 1
+    elif buffer is not None:
+        order = torch.randperm(len(buffer), generator=torch.Generator().manual_seed(seed))
+        x = buffer[order[:count]].to(device)
     else:
+        if not given and source != "noise":
+            click.echo(f"{checkpoint} has no replay buffer: starting from noise")
         x = torch.rand(count, *config.data.image, generator=generator, device=device) * 2 - 1
-    start = energy(x).mean().item()
-    x = sampling.fast_langevin(model, energy, x, generator=generator, **chain)
-    click.echo(f"{chain['steps']} steps: mean energy {start:.4g} -> {energy(x).mean().item():.4g}, "
-               f"pixels {x.min().item():.3g} to {x.max().item():.3g}")
-    rows = x if originals is None else torch.cat([originals, x])
-    write_whole(Path(out), evaluate.grid_png(rows, columns))
+    before = energy and energy(x).mean().item()
+    x = sampling.advance(model, x, steps, generator, energy=energy, step_size=c.step_size,
+                         noise_std=c.noise_std)
+    if energy:
+        click.echo(f"{steps} steps: mean energy {before:.4g} -> {energy(x).mean().item():.4g}, "
+                   f"range {x.min().item():.3g} to {x.max().item():.3g}")
+    x = (model.decode(x).detach() if decodes else x).cpu()
+    write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x]), len(originals) or None))
     click.echo(out)
 
 
 @main.command()
-@click.argument("checkpoints", type=CHECKPOINT, nargs=-1, required=True, metavar="CKPT...")
+@tabular
 @click.option("--limit", type=click.IntRange(1), help="Only the first N training images.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="The last CKPT's confusion as a PNG.")
-@click.option("--json", "form", flag_value="json", help="Figures for a program.")
-@click.option("--markdown", "form", flag_value="markdown", help="A table for a README.")
-@DATA_DIR
-@DEVICE
+@out_option("--plot", text="The last CKPT's confusion matrix as a PNG.")
 def knn(checkpoints, limit, plot, form, data_dir, device):
     """Exact 1-nearest-neighbour test accuracy (supplement E.1), in percent.
 
-    In latent space, in that of the same network untrained, and in pixel space.
+    In latent space, in that of the same network untrained, and in pixel space; of a classifier also
+    its own.
 
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
     import data
     import evaluate
 
-    device, rows, names = find_device(device), [], []
-    for checkpoint in checkpoints:
-        model, config = load_model(checkpoint, device)
-        (train_x, train_y), (test_x, test_y) = (
-            load_images(config, split, data_dir) for split in ("train", "test"))
-        train_x, train_y = train_x[:limit], train_y[:limit]
-        row = {"checkpoint": checkpoint, "model": config.model.name, "data": config.data.name,
-               "updates": load_checkpoint(checkpoint)["updates"]}
-        untrained = new_model(config, device).eval()
-        spaces = {"latent": model, "untrained": untrained, "pixel": None}
-        for space, network in spaces.items():
-            a, b = (evaluate.latents(network, x, device) for x in (train_x, test_x))
-            predicted = train_y[evaluate.nearest(a, b).cpu()]
-            counts = evaluate.confusion(test_y, predicted, config.data.classes)
-            row[space] = round(100 * counts.diag().sum().item() / len(test_y), 2)
-            if space == "latent":
-                row["confusion"] = counts.tolist()
-        rows.append(row)
-        names.append(data.class_names(config.data.name, data_dir, config.data.classes))
-    if form == "json":
-        click.echo(json.dumps(rows))
-    else:
-        columns = [k for k in rows[0] if k != "confusion"]
-        click.echo(evaluate.table([{k: r[k] for k in columns} for r in rows], form == "markdown"))
-    if form is None:
-        for row, classes in zip(rows, names, strict=True):
-            click.echo(f"\n{row['checkpoint']}, rows true, columns predicted:")
-            click.echo(evaluate.confusion_text(row["confusion"], classes))
+    matrices = []
+
+    def figures(model, config, train, test):
+        row, untrained = {}, new_model(config, device).eval()
+        spaces = {"latent": model.represent, "untrained": untrained.represent,
+                  "pixel": lambda x: x.flatten(1)}
+        for space, represent in spaces.items():
+            a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
+            predicted = train[1][evaluate.nearest(a, b).cpu()]
+            counts = evaluate.confusion(test[1], predicted, config.data.classes)
+            row[space] = round(100 * counts.diag().sum().item() / len(test[1]), 2)
+            row.setdefault("confusion", counts.tolist())
+        if hasattr(model, "classify"):
+            right = evaluate.in_batches(model.classify, test[0], device).cpu() == test[1]
+            row["accuracy"] = round(100 * right.double().mean().item(), 2)
+        names = data.class_names(config.data.name, data_dir, config.data.classes)
+        matrices.append((row["confusion"], names))
+        return row
+
+    tabulate(checkpoints, form, data_dir, device, figures)
+    for path, (counts, names) in zip(checkpoints * (form is None), matrices, strict=False):
+        rows = [dict(zip(["true", *names], [name, *row], strict=True))
+                for name, row in zip(names, counts, strict=True)]
+        click.echo(f"\n{path}, columns predicted:\n{evaluate.table(rows)}")
     if plot:
-        write_whole(Path(plot), evaluate.confusion_png(rows[-1]["confusion"], names[-1]))
+        write_whole(Path(plot), evaluate.confusion_png(*matrices[-1]))
 
 
 @main.command()
-@click.argument("checkpoint", type=CHECKPOINT, metavar="CKPT")
-@click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
-@click.option("--out", type=click.Path(dir_okay=False), default="latents.npz", show_default=True)
-@DATA_DIR
-@DEVICE
-def export(checkpoint, split, out, data_dir, device):
-    """Write the posterior's mean and std, the energy and the label of each image to an .npz.
+@tabular
+def probe(checkpoints, form, data_dir, device):
+    """Test accuracy of logistic regression on the latents, in percent.
 
-    Example: python cebm.py export runs/quickstart/ckpt.pt --split train
+    With 1, 10, 100 and all labels a class; the mean and deviation of ten draws of the labels.
+
+    Example: python cebm.py probe runs/quickstart/ckpt.pt
     """
-    import numpy as np
+    import evaluate
+
+    def figures(model, config, train, test):
+        a, b = (evaluate.in_batches(model.represent, s[0], device).cpu() for s in (train, test))
+        scores = {n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
+                  for n in (1, 10, 100, None)}
+        return {f"{n or 'all'}{what}": round(score, 2) for n, pair in scores.items()
+                for what, score in zip(("", " std"), pair, strict=True)}
+
+    tabulate(checkpoints, form, data_dir, device, figures)
+
+
+@main.command()
+@tabular
+@click.option("--against", multiple=True, metavar="DATA", type=click.Choice(DATA),
+              help="Another data set; may be repeated. Uniform noise and constant images always.")
+def ood(checkpoints, against, form, data_dir, device):
+    """AUROC of telling the test set from other data, in percent.
+
+    By log p(x) up to a constant, that is -E(x) or a VAE's ELBO, and by minus its gradient's norm.
+
+    Example: python cebm.py ood runs/cebm-fmnist/ckpt.pt --against mnist
+    """
+    import torch
 
     import evaluate
 
-    device = find_device(device)
+    def figures(model, config, train, test):
+        if not hasattr(model, "energy"):
+            raise Failure(f"{config.model.name} has no density of images to score with")
+        images, generator = test[0], torch.Generator().manual_seed(0)
+        level = torch.randint(256, (len(images), 1, 1, 1), generator=generator)
+        others = {name: load_images(config, "test", data_dir, name)[0] for name in against}
+        others["uniform"] = torch.randint(256, images.shape, generator=generator).byte()
+        others["constant"] = level.expand(images.shape).byte()
+        inside = evaluate.density_scores(model, images, device)
+        outside = {k: evaluate.density_scores(model, other, device) for k, other in others.items()}
+        return {f"{name} {k}": round(evaluate.auroc(inside[k], scores[k]), 2)
+                for name, scores in outside.items() for k in inside}
+
+    tabulate(checkpoints, form, data_dir, device, figures)
+
+
+@main.command()
+@CHECKPOINT
+@click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
+@out_option("--map", text="Also a picture of the means in 2-D, by UMAP if installed, else PCA.")
+@out_option("--out", "latents.npz")
+@DATA_DIR
+@DEVICE
+def export(checkpoint, split, map, out, data_dir, device):
+    """Write each image's latent mean, std, energy (where the model has them) and label to an .npz.
+
+    Example: python cebm.py export runs/quickstart/ckpt.pt --split train --map map.png
+    """
+    import numpy as np
+    import torch
+
+    import data
+    import evaluate
+
     model, config = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
     arrays = evaluate.describe(model, images, device) | {"labels": labels.numpy()}
     np.savez(content := io.BytesIO(), **arrays)
     write_whole(Path(out), content.getvalue())
     click.echo(f"{out}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
+    if map:
+        points, method = evaluate.plane(torch.tensor(arrays["mean"]))
+        names = data.class_names(config.data.name, data_dir, config.data.classes)
+        title = f"{method} of {config.model.name}'s latents, {config.data.name} {split}"
+        write_whole(Path(map), evaluate.map_png(points, labels, names, title))
+        click.echo(f"{map}: {method}")
 
 
 @main.command()
@@ -663,17 +768,16 @@ def show(what):
     if what is None:
         for name in names:
             c = compose(name)
-            click.echo(f"{name:20} {c.train.updates} updates of {c.chains.steps} steps of "
-                       f"{c.chains.step_size:g} with noise {c.chains.noise_std:g}, batch "
-                       f"{c.train.batch}, rate {c.train.rate:g}")
+            click.echo(f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
+                       f"{c.train.rate:g}, chains of {c.chains.steps}")
     elif what in names:
-        click.echo(as_yaml(compose(what)), nl=False)
+        click.echo(as_yaml(plain(compose(what))), nl=False)
     elif Path(what).is_file():
         state = load_checkpoint(what)
         facts = {k: v for k, v in state.items() if isinstance(v, (str, int, float, dict))
                  and k not in ("model", "optimiser")}
         facts["tensors"] = sum(v.numel() for v in state["model"].values())
-        click.echo(yaml.safe_dump(facts, sort_keys=False, default_flow_style=None), nl=False)
+        click.echo(as_yaml(facts), nl=False)
     else:
         raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, names)}")
 

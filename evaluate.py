@@ -1,6 +1,8 @@
-"""1-NN, latent export and pictures: functions on tensors; images uint8 or in [-1, 1] as said."""
+"""1-NN, probe, AUROC, export and pictures: functions on tensors, images uint8 unless said."""
 
+import colorsys
 import io
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,47 +20,120 @@ def in_batches(function, images: Tensor, device, size: int = 1000) -> Tensor:
     return torch.cat(outputs)
 
 
-def latents(model, images: Tensor, device) -> Tensor:
-    """`represent` of uint8 images (N, C, H, W) -> (N, D); without a model, the pixels."""
-    if model is None:
-        return images.flatten(1).to(device).float()
-    return in_batches(model.represent, images, device)
+@contextmanager
+def seeded(seed: int, device):
+    """torch's random numbers start from `seed` inside and are as before after it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def drawn(model, count: int, seed: int) -> Tensor | None:
+    """`count` images of the model's generator, None without one; it goes on as it was."""
+    if not hasattr(model, "generate"):
+        return None
+    with seeded(seed, next(model.parameters()).device), torch.no_grad():
+        images = model.eval().generate(count)
+    model.train()
+    return images
 
 
 def describe(model, images: Tensor, device) -> dict:
-    """What `export` writes: NumPy arrays mean and std (N, D), energy (N,)."""
-    def columns(x: Tensor) -> Tensor:
-        posterior = model.posterior(x)
-        return torch.cat([posterior.mean, posterior.stddev, model.energy(x)[:, None]], 1)
+    """What `export` writes, NumPy arrays: mean (N, D), and the model's std (N, D) and energy (N,).
 
-    out = in_batches(columns, images, device).cpu().numpy()
-    dim = out.shape[1] // 2
-    return {"mean": out[:, :dim], "std": out[:, dim:-1], "energy": out[:, -1]}
+    `mean` is `represent`; std is the posterior's, or absent; energy absent where there is none.
+    """
+    columns = {"mean": model.represent}
+    if hasattr(model, "posterior"):
+        columns["std"] = lambda x: model.posterior(x).variance.sqrt()
+    if hasattr(model, "energy"):
+        columns["energy"] = model.energy
+    with seeded(0, device):
+        return {k: in_batches(f, images, device).cpu().numpy() for k, f in columns.items()}
 
 
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     """Index (M,) of the training vector (N, D) nearest to each test vector (M, D) in L2.
 
-    Exact: distances in float32 by one matrix product a chunk of at most `floats` numbers; whatever
-    its rounding leaves undecided is decided in float64, ties to the lowest index.
+    |a|^2 - 2ab in float64, at most `floats` numbers at a time: exact for pixels, whose ties go to
+    the lowest index, and to 1e-15 of the largest |a|^2 else.
     """
-    centre = train.mean(0)
-    a, b = train - centre, test - centre
-    squares, lengths = (a * a).sum(1), a.norm(dim=1)
-    # Rounding of |a|^2 - 2ab: a sum of D products of at most |a| |b|, each off by an ulp or two.
-    unit = torch.finfo(a.dtype).eps * (a.shape[1] + 4)
-    found = []
-    for rows in b.split(max(1, floats // len(a))):
-        scores = torch.addmm(squares, rows, a.T, alpha=-2)  # (rows, N)
-        index = scores.argmin(1)
-        reach = unit * (lengths + rows.norm(dim=1)[:, None]).square()
-        close = scores - reach <= (scores + reach).amin(1, keepdim=True)
-        for row in (close.sum(1) > 1).nonzero()[:, 0].tolist():
-            candidates = close[row].nonzero()[:, 0]
-            exact = train[candidates].double() - test[sum(map(len, found)) + row].double()
-            index[row] = candidates[exact.square().sum(1).argmin()]
-        found.append(index)
-    return torch.cat(found)
+    test = test.double()
+    least = torch.full_like(test[:, 0], torch.inf)
+    index = torch.zeros_like(least, dtype=torch.long)
+    size = max(1, floats // len(test))
+    for i, part in enumerate(train.split(size)):
+        a = part.double()
+        value, row = torch.addmm(a.square().sum(1), test, a.T, alpha=-2).min(1)
+        index = torch.where(value < least, row + i * size, index)
+        least = torch.minimum(least, value)
+    return index
+
+
+def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0) -> Tensor:
+    """Softmax regression of y (N,) on x (N, D): weights (D + 1, classes), the last row the bias.
+
+    Minimises the summed cross-entropy + penalty / 2 |weights but for the bias|^2 by LBFGS.
+    """
+    x = torch.cat([x.double(), torch.ones_like(x[:, :1], dtype=torch.float64)], 1)
+    w = torch.zeros(x.shape[1], classes, device=x.device, dtype=torch.float64, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([w], max_iter=1000, max_eval=2000, tolerance_grad=1e-9 * len(x),
+                              tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = torch.nn.functional.cross_entropy(x @ w, y, reduction="sum") / len(x)
+        loss = loss + penalty / (2 * len(x)) * w[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    return w.detach()
+
+
+def probe(train, train_y, test, test_y, classes: int, per_class: int | None, draws: int = 10):
+    """Percent of test latents (M, D) that logistic regression on latents (N, D) gets right.
+
+    Fitted to `per_class` labels a class, drawn `draws` times, or to all of them once: mean, std.
+    """
+    scores = []
+    for draw in range(draws if per_class else 1):
+        order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(draw))
+        chosen = torch.cat([order[train_y[order] == k][:per_class] for k in range(classes)])
+        w = logistic_regression(train[chosen], train_y[chosen], classes)
+        predicted = (test.double() @ w[:-1] + w[-1]).argmax(1)
+        scores.append(100 * (predicted == test_y).double().mean())
+    return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Chance in percent that a score of `inside` (N,) exceeds one of `outside` (M,), ties half."""
+    ranked = outside.double().sort()[0]
+    below, up_to = (torch.searchsorted(ranked, inside.double(), right=r) for r in (False, True))
+    return 50 * (below + up_to).double().mean().item() / len(ranked)
+
+
+def density_scores(model, images: Tensor, device) -> dict[str, Tensor]:
+    """Scores (N,) of images, higher for what is likelier: log p(x) + const, -|grad log p(x)|."""
+    def scores(x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            energy = model.energy(x.requires_grad_(True))
+            (gradient,) = torch.autograd.grad(energy.sum(), x)
+        return -torch.stack([energy.detach(), gradient.flatten(1).norm(dim=1)], 1)
+
+    with seeded(0, device):
+        return dict(zip(("logp", "gradient"), in_batches(scores, images, device, 500).T,
+                        strict=True))
+
+
+def plane(latents: Tensor) -> tuple[Tensor, str]:
+    """Latents (N, D) in two dimensions (N, 2) by UMAP if `umap-learn` is installed, else by PCA."""
+    try:
+        import umap
+    except ImportError:
+        u, scale, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
+        return (u * scale)[:, :2], "PCA"
+    return torch.tensor(umap.UMAP(random_state=0).fit_transform(latents.numpy())), "UMAP"
 
 
 def confusion(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -66,26 +141,16 @@ def confusion(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
     return torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
-def confusion_text(counts: list[list[int]], names: list[str]) -> str:
-    """The confusion matrix for a terminal."""
-    width = max(len(str(max(map(max, counts)))), max(len(n[:5]) for n in names)) + 1
-    lines = [" " * 12 + "".join(f"{n[:5]:>{width}}" for n in names)]
-    lines += [f"{n[:11]:12}" + "".join(f"{c:{width}}" for c in row)
-              for n, row in zip(names, counts, strict=True)]
-    return "\n".join(lines)
-
-
 def table(rows: list[dict], markdown: bool = False) -> str:
-    """Rows with the same keys as aligned text or as Markdown."""
-    cells = [list(rows[0])] + [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in r.values()]
-                               for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-             for row in cells]
+    """Rows as aligned text or as Markdown; a column that a row lacks is "-"."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[f"{v:.2f}" if isinstance(v, float) else str(v)
+                          for v in (row.get(key, "-") for key in columns)] for row in rows]
     if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in cells]
-        lines.insert(1, "|---" * len(widths) + "|")
-    return "\n".join(lines)
+        cells.insert(1, ["---"] * len(columns))
+        return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
 def png(picture) -> bytes:
@@ -122,4 +187,23 @@ def confusion_png(counts: list[list[int]], names: list[str], cell: int = 44) -> 
             ink = "white" if shade < 128 else "black"
             draw.text((left + 6, top + cell // 3), str(count), fill=ink)
     draw.text((4, 4), "rows: true class, columns: predicted", fill="black")
+    return png(picture)
+
+
+def map_png(points: Tensor, labels: Tensor, names: list[str], title: str, side: int = 700) -> bytes:
+    """Points (N, 2) in class colours, with a legend of the classes and a title."""
+    from PIL import Image, ImageDraw
+
+    low, high = (torch.quantile(points.double(), q, dim=0) for q in (0.002, 0.998))
+    places = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).mul(side - 40).add(20)
+    hues = [colorsys.hsv_to_rgb(k / len(names), 0.8, 0.9 - k % 2 / 3) for k in range(len(names))]
+    colours = [tuple(round(255 * c) for c in hue) for hue in hues]
+    picture = Image.new("RGB", (side + 120, side + 30), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((20, 8), title, fill="black")
+    for (x, y), label in zip(places.tolist(), labels.tolist(), strict=True):
+        draw.rectangle((x - 1, y + 29, x + 1, y + 31), fill=colours[label])
+    for k, name in enumerate(names):
+        draw.rectangle((side + 4, 40 + 18 * k, side + 14, 50 + 18 * k), fill=colours[k])
+        draw.text((side + 20, 40 + 18 * k), name[:14], fill="black")
     return png(picture)

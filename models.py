@@ -1,145 +1,525 @@
-"""Conjugate energy-based models (Wu et al., ICML 2021) in the notation of the supplement.
+"""Every model of the supplement's Table 4, on the networks of its Tables 5 to 8.
 
-Every model is an unnormalised density p(x) proportional to exp(-E(x)): low energy is likely, chains
+Each is an unnormalised density p(x) proportional to exp(-E(x)): low energy is likely, chains
 descend E. Natural parameters `lam` and statistics `t` are tensors (..., S, D), S statistics for
-each of D latent dimensions (S = 2 for a Gaussian), so that a posterior is just `lam + t(x)`.
-Shapes: images x (B, C, H, W), latents z (B, D), energies (B,). Energies are at least float32.
+each of D latent dimensions, so that a posterior's parameters are `lam + t(x)`. Shapes: images x
+(B, C, H, W) in [-1, 1], latents z (B, D), labels y (B,), energies (B,), at least float32.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch import distributions as td
 
-KERNELS = ((3, 1), (4, 2), (4, 2), (4, 2))  # (size, stride) of Tables 5 to 8, padding 1 throughout
+CONVS = ((3, 1), (4, 2), (4, 2), (4, 2))  # (size, stride) of Tables 5 to 8, padding 1 throughout
+# Upconvolutions (width, size, stride, padding) by the image's side; width None: its channels.
+# Table 7b as printed ends at 31x31x1: here its third kernel is 4x4, its last stride 1, C channels.
+DECODER = {28: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 0), (None, 3, 1, 0)),
+           32: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 1), (None, 3, 1, 1))}
+GENERATOR = {28: ((64, 4, 1, 1), (64, 4, 2, 1), (32, 3, 2, 1), (32, 4, 2, 1), (None, 4, 2, 1)),
+             32: ((512, 4, 2, 1), (256, 4, 2, 1), (128, 4, 2, 1), (64, 4, 2, 1), (None, 4, 2, 1))}
+
+
+def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Sequential:
+    """The upward half of Tables 7 and 8: (B, inputs, h, h) -> (B, C, H, W), raw."""
+    layers = []
+    for out, size, stride, padding in table[image_shape[1]]:
+        layers.append(nn.ConvTranspose2d(inputs, out or image_shape[0], size, stride, padding))
+        if out:
+            layers += [nn.BatchNorm2d(out)] * normalise + [nn.ReLU()]
+        inputs = out
+    return nn.Sequential(*layers)
+
+
+def linears(*sizes: int, activation=nn.SiLU) -> nn.Sequential:
+    """Fully connected layers with an activation between, none after the last."""
+    layers = []
+    for a, b in pairwise(sizes):
+        layers += [nn.Linear(a, b), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def wide(x: Tensor) -> Tensor:
+    """bfloat16 -> float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def in_float32(head: nn.Module, features: Tensor) -> Tensor:
+    """`head` outside autocast: convolutions may run in bfloat16, what energies are made of not."""
+    with torch.autocast(features.device.type, enabled=False):
+        return head(wide(features))
+
+
+def normal(mean: Tensor, std: Tensor) -> td.Independent:
+    """A diagonal Gaussian, event (D,). Not validated: a NaN is for the training loop to see."""
+    return td.Independent(td.Normal(mean, std, validate_args=False), 1, validate_args=False)
+
+
+class Network(nn.Module):
+    """Convolutions of Tables 5 to 8, then fully connected `heads` side by side, in float32.
+
+    A head is the widths of its layers. 28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a
+    side. Energies are made of the outputs, so these are float32 whatever the autocast.
+    """
+
+    def __init__(self, config, image_shape, heads, activation, normalise=False):
+        super().__init__()
+        layers, (previous, height, width) = [], image_shape
+        for out, (size, stride) in zip(config.channels, CONVS, strict=True):
+            layers.append(nn.Conv2d(previous, out, size, stride, padding=1))
+            layers += [nn.BatchNorm2d(out)] * normalise + [activation()]
+            height, width = ((side + 2 - size) // stride + 1 for side in (height, width))
+            previous = out
+        self.trunk = nn.Sequential(*layers, nn.Flatten())
+        sizes = [(previous * height * width, *head) for head in heads]
+        self.heads = nn.ModuleList(linears(*s, activation=activation) for s in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, the heads' outputs)."""
+        features = self.trunk(x)
+        return torch.cat([in_float32(head, features) for head in self.heads], dim=1)
 
 
 class Gaussian:
-    """Diagonal Gaussian as an exponential family: eta(z) = (z, z^2), lam_2 < 0."""
+    """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
 
-    statistics = 2
-    log_base = 0.5 * math.log(2 * math.pi)  # what log_partition leaves out, a dimension
+    Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes: eta (..., D) -> (..., 2, D), the others
+    from (..., 2, D). A is short of `log_base` a dimension, which cancels in every difference.
+    """
+
+    log_base, normalised = 0.5 * math.log(2 * math.pi), True
 
     @staticmethod
     def eta(z: Tensor) -> Tensor:
-        """Sufficient statistics: (..., D) -> (..., 2, D)."""
         return torch.stack([z, z * z], dim=-2)
 
     @staticmethod
     def log_partition(lam: Tensor) -> Tensor:
-        """A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2: (..., 2, D) -> (...).
-
-        Short of log_base D, which cancels in every difference.
-        """
         lam1, lam2 = lam.unbind(-2)
         return (-lam1 * lam1 / (4 * lam2) - 0.5 * torch.log(-2 * lam2)).sum(-1)
 
     @staticmethod
-    def distribution(lam: Tensor) -> Independent:
-        """Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2): (..., 2, D) -> event shape (D,)."""
+    def member(lam: Tensor) -> td.Independent:
         lam1, lam2 = lam.unbind(-2)
-        return Independent(Normal(-lam1 / (2 * lam2), (-2 * lam2).rsqrt()), 1)
+        return normal(-lam1 / (2 * lam2), (-2 * lam2).rsqrt())
+
+
+class Bernoulli:
+    """eta(z) = z, A(lam) = sum_d softplus(lam), mean sigmoid(lam); (..., D) and (..., 1, D).
+
+    As Eq. 29 and 33 have it, E_lam(z) = -<lam, z> without A(lam).
+    """
+
+    log_base, normalised = 0.0, False
 
     @staticmethod
-    def standard(dim: int) -> Tensor:
-        """Natural parameters of N(0, I), the spherical prior: (2, dim)."""
-        return torch.stack([torch.zeros(dim), torch.full((dim,), -0.5)])
+    def eta(z: Tensor) -> Tensor:
+        return z[..., None, :]
+
+    @staticmethod
+    def log_partition(lam: Tensor) -> Tensor:
+        return F.softplus(lam).sum((-1, -2))
+
+    @staticmethod
+    def member(lam: Tensor) -> td.Independent:
+        return td.Independent(td.Bernoulli(logits=lam[..., 0, :], validate_args=False), 1)
 
 
-def trunk(image_shape, channels, activation=nn.SiLU) -> nn.Sequential:
-    """The convolutions of Tables 5 and 6: (B, C, H, W) -> (B, features), flattened.
+class Prior(nn.Module):
+    """p_lam(z), a mixture of K members of a family, and its posteriors given statistics t(x).
 
-    28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a side.
-    """
-    layers, previous = [], image_shape[0]
-    for width, (size, stride) in zip(channels, KERNELS, strict=True):
-        layers += [nn.Conv2d(previous, width, size, stride, padding=1), activation()]
-        previous = width
-    return nn.Sequential(*layers, nn.Flatten())
-
-
-def trunk_features(image_shape, channels) -> int:
-    """Length of the trunk's output vector."""
-    _, height, width = image_shape
-    for size, stride in KERNELS:
-        height, width = ((side + 2 - size) // stride + 1 for side in (height, width))
-    return channels[-1] * height * width
-
-
-class StatisticsNetwork(nn.Module):
-    """t_theta(x) of Table 5: (B, C, H, W) -> (B, 2, D), with t_2 <= 0 so that posteriors exist.
-
-    `head` is one hidden layer for both statistics ("shared", the table) or one each ("separate",
-    the authors' trained models). `t2` is -h^2 or -softplus(h) of the network's raw output h.
+    K = 1 is E_lam(z) = -<lam, eta(z)> + A(lam): N(0, I), or Bernoulli, learned. K > 1 Gaussians are
+    learned; y is uniform over them and summed out.
     """
 
-    def __init__(self, image_shape, channels, hidden: int, latent: int, head: str, t2: str):
+    def __init__(self, config, family=Gaussian):
         super().__init__()
-        features = trunk_features(image_shape, channels)
-        self.trunk = trunk(image_shape, channels)
-        outputs = {"shared": [2 * latent], "separate": [latent, latent]}[head]
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, out))
-            for out in outputs
-        )
-        self.negative = {"square": lambda h: -h * h, "softplus": lambda h: -F.softplus(h)}[t2]
+        self.family, shape = family, (config.components, config.latent)
+        if family is Bernoulli:
+            self.theta_z = nn.Parameter(torch.zeros(1, *shape))
+        elif config.components == 1:
+            self.register_buffer("location", torch.zeros(shape))
+            self.register_buffer("log_std", torch.zeros(shape))
+        else:
+            low, high = config.prior_std
+            self.location = nn.Parameter(config.prior_mean_std * torch.randn(shape))
+            self.log_std = nn.Parameter((low + (high - low) * torch.rand(shape)).log())
 
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.trunk(x)
-        # Convolutions may run in bfloat16; what the energy is made of does not.
+    def lam(self) -> Tensor:
+        """Natural parameters (K, S, D)."""
+        if self.family is Bernoulli:
+            return self.theta_z
+        precision = torch.exp(-2 * self.log_std)
+        return torch.stack([self.location * precision, -0.5 * precision], dim=1)
+
+    def _log_shares(self, dot: Tensor, lam: Tensor) -> Tensor:
+        """log pi_k + dot_k - A(lam_k), pi_k = 1 / K: (B, K)."""
+        constant = self.family.log_partition(lam) if self.family.normalised else 0
+        return dot - constant - math.log(len(lam))
+
+    def energy(self, z: Tensor) -> Tensor:
+        """E_lam(z), -log p_lam(z) where normalised: (B, D) -> (B,)."""
+        lam = self.lam()
+        dot = (lam * self.family.eta(z)[:, None]).sum((-1, -2))  # (B, K)
+        return self.family.log_base * z.shape[-1] - self._log_shares(dot, lam).logsumexp(1)
+
+    def log_joint(self, t: Tensor) -> Tensor:
+        """log p(x, y = k) + const: log pi_k + A(lam_k + t) - A(lam_k), (B, S, D) -> (B, K)."""
+        lam = self.lam()
+        return self._log_shares(self.family.log_partition(lam + t[:, None]), lam)
+
+    def posterior(self, t: Tensor) -> td.Distribution:
+        """The member, or mixture of members, of parameters lam_k + t: batch (B,), event (D,)."""
+        members = self.lam() + t[:, None]  # (B, K, S, D)
+        if members.shape[1] == 1:
+            return self.family.member(members[:, 0])
+        y = td.Categorical(logits=self.log_joint(t), validate_args=False)
+        return td.MixtureSameFamily(y, self.family.member(members), validate_args=False)
+
+    def mean(self, t: Tensor, likeliest: bool) -> Tensor:
+        """The posterior's mean, or that of its likeliest component: (B, S, D) -> (B, D)."""
+        share = self.log_joint(t).softmax(1)  # (B, K)
+        if likeliest:
+            share = F.one_hot(share.argmax(1), share.shape[1]).to(share.dtype)
+        return (share[..., None] * self.family.member(self.lam() + t[:, None]).mean).sum(1)
+
+    def sample(self, count: int) -> Tensor:
+        """z ~ p_lam of Gaussians (count, D), differentiable in locations and deviations."""
+        y = torch.randint(len(self.location), (count,), device=self.location.device)
+        return normal(self.location[y], self.log_std[y].exp()).rsample()
+
+
+class Statistics(Network):
+    """t_theta(x) of Table 5, with t_2 <= 0 so that posteriors exist.
+
+    `head` is one hidden layer for both statistics ("shared", the table) or one each ("separate").
+    `t2` is -h^2 or -softplus(h) of the network's raw output h.
+    """
+
+    def __init__(self, config, image_shape):
+        outputs = {"shared": [2 * config.latent], "separate": [config.latent] * 2}[config.head]
+        super().__init__(config, image_shape, [(config.hidden, out) for out in outputs], nn.SiLU)
+        self.square = config.t2 == "square"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        """(B, C, H, W) -> (B, 2, D), and no term of x alone."""
+        t1, h = super().forward(x).chunk(2, dim=1)
+        return torch.stack([t1, -h * h if self.square else -F.softplus(h)], dim=1), 0.0
+
+
+class LinearStatistics(nn.Module):
+    """Eq. 33: t(x) = [t_x(x)^T theta_xz, <theta_x, t_x(x)>].
+
+    Bernoulli x has t_x(v) = v, v = (x + 1) / 2 (grey pixels enter as chances); Gaussian x has
+    t_x(x) = (x, x^2) with theta_xz = 0 and theta_x = -1 / (2 s^2), fixed, for the square.
+    """
+
+    def __init__(self, config, image_shape):
+        super().__init__()
+        self.image_shape, self.binary = image_shape, config.name == "rbm"
+        self.variance = config.visible_std**2
+        dim = math.prod(image_shape)
+        self.theta_xz = nn.Parameter(0.01 * torch.randn(dim, config.latent))
+        self.theta_x = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> (B, 1, D) and the term of x alone (B,)."""
         with torch.autocast(x.device.type, enabled=False):
-            features = features.to(torch.promote_types(features.dtype, torch.float32))
-            t1, h = torch.cat([head(features) for head in self.heads], dim=1).chunk(2, dim=1)
-            return torch.stack([t1, self.negative(h)], dim=1)  # (B, 2, D)
+            x = (x.flatten(1) + 1) / 2 if self.binary else x.flatten(1)
+            alone = x @ self.theta_x
+            if not self.binary:
+                alone = alone - (x * x).sum(1) / (2 * self.variance)
+            return (x @ self.theta_xz)[:, None], alone
+
+    def sample(self, z: Tensor, generator=None) -> Tensor:
+        """x ~ p(x | z) of Eq. 31: (B, D) -> (B, C, H, W)."""
+        natural = self.theta_x + z @ self.theta_xz.T
+        if self.binary:
+            x = torch.bernoulli(natural.sigmoid(), generator=generator) * 2 - 1
+        else:
+            noise = torch.empty_like(natural).normal_(generator=generator)
+            x = self.variance * natural + self.variance**0.5 * noise
+        return x.view(-1, *self.image_shape)
 
 
-class CEBM(nn.Module):
-    """E(x, z) = -<t(x), eta(z)> + E_lam(z), E_lam(z) = -<lam, eta(z)> + A(lam) (Eq. 17, App. B)."""
+def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Persistent contrastive divergence of energies (B,), L2 on them (supplement C)."""
+    magnitude = (data * data).mean()
+    if config.l2_on == "both":
+        magnitude = magnitude + (chains * chains).mean()
+    gap = data.mean() - chains.mean()
+    metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
+    return gap + config.l2 * magnitude, {name: m.detach() for name, m in metrics.items()}
 
-    chain = "langevin"
 
-    def __init__(self, statistics: nn.Module, lam: Tensor, family, l2: float, l2_on: str):
+class Conjugate(nn.Module):
+    """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): CEBM, GMM-CEBM; with linear t, RBM, EFH."""
+
+    def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
-        self.t, self.family, self.l2, self.l2_on = statistics, family, l2, l2_on
-        self.register_buffer("lam", lam)
+        self.config, linear = config, config.name in ("rbm", "efh")
+        self.chain = "gibbs" if linear else "langevin"
+        self.t = (LinearStatistics if linear else Statistics)(config, image_shape)
+        self.prior = Prior(config, Bernoulli if linear else Gaussian)
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
         """E(x, z) of Eq. 17 for pairs: (B, C, H, W), (B, D) -> (B,), B broadcast.
 
         Its x-gradient is that of -log p(x | z), supplement Eq. 41.
         """
-        natural = (self.lam + self.t(x)) * self.family.eta(z)
-        constant = self.family.log_partition(self.lam) + self.family.log_base * z.shape[-1]
-        return constant - natural.flatten(1).sum(1)
+        t, alone = self.t(x)
+        return self.prior.energy(z) - (t * self.prior.family.eta(z)).sum((-1, -2)) - alone
 
     def energy(self, x: Tensor) -> Tensor:
-        """E(x) = A(lam) - A(lam + t(x)), z integrated out exactly: (B, C, H, W) -> (B,)."""
-        return self.family.log_partition(self.lam) - self.family.log_partition(self.lam + self.t(x))
+        """E(x) = -log sum_k pi_k exp(A(lam_k + t(x)) - A(lam_k)): (B, C, H, W) -> (B,).
 
-    def posterior(self, x: Tensor) -> torch.distributions.Distribution:
-        """p(z | x), the family's member with parameters lam + t(x): batch (B,), event (D,)."""
-        return self.family.distribution(self.lam + self.t(x))
+        z, and a mixture's y, integrated out exactly.
+        """
+        t, alone = self.t(x)
+        return -self.prior.log_joint(t).logsumexp(1) - alone
+
+    def posterior(self, x: Tensor) -> td.Distribution:
+        """p(z | x), of natural parameters lam + t(x): batch (B,), event (D,)."""
+        return self.prior.posterior(self.t(x)[0])
+
+    def components(self, x: Tensor) -> Tensor:
+        """p(y | x) over the mixture's components: (B, C, H, W) -> (B, K)."""
+        return self.prior.log_joint(self.t(x)[0]).softmax(1)
 
     def represent(self, x: Tensor) -> Tensor:
-        """The posterior mean, the paper's latent: (B, C, H, W) -> (B, D)."""
-        return self.posterior(x).mean
+        """The posterior mean, or that of its likeliest component: (B, C, H, W) -> (B, D)."""
+        return self.prior.mean(self.t(x)[0], self.config.represent == "component")
+
+    def gibbs(self, x: Tensor, generator=None) -> Tensor:
+        """One sweep, z ~ p(z | x) (Eq. 32), then x ~ p(x | z) (Eq. 31); linear t alone."""
+        return self.t.sample(torch.bernoulli(self.represent(x), generator=generator), generator)
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Persistent contrastive divergence, L2 on the energies (supplement C): scalar, metrics."""
-        data, fake = self.energy(torch.cat([x, chains])).split([len(x), len(chains)])
-        magnitude = (data * data).mean()
-        if self.l2_on == "both":
-            magnitude = magnitude + (fake * fake).mean()
-        gap = data.mean() - fake.mean()
-        metrics = {"energy_data": data.mean(), "energy_chains": fake.mean(), "gap": gap}
-        return gap + self.l2 * magnitude, {name: m.detach() for name, m in metrics.items()}
+        """Persistent contrastive divergence: scalar, metrics."""
+        energies = self.energy(torch.cat([x, chains]))
+        return contrastive(*energies.split([len(x), len(chains)]), self.config)
+
+
+class IGEBM(nn.Module):
+    """E(x) = f(x), the network of Table 6."""
+
+    loss = Conjugate.loss
+
+    def __init__(self, config, image_shape, num_classes: int):
+        super().__init__()
+        self.config, self.chain = config, None if config.name == "hdge" else "langevin"
+        network = Network(config, image_shape, [(config.hidden, config.latent)], nn.SiLU)
+        self.features = nn.Sequential(network, nn.SiLU())
+        self.head = nn.Linear(config.latent, 1 if config.name == "igebm" else num_classes)
+
+    def represent(self, x: Tensor) -> Tensor:
+        """The last hidden layer, 128 features in Table 6: (B, C, H, W) -> (B, D)."""
+        return self.features(x)
+
+    def f(self, x: Tensor) -> Tensor:
+        """The network's outputs: (B, C, H, W) -> (B, 1 or classes)."""
+        return in_float32(self.head, self.features(x))
+
+    def energy(self, x: Tensor) -> Tensor:
+        """E(x): (B, C, H, W) -> (B,)."""
+        return self.f(x)[:, 0]
+
+
+class Classifier(IGEBM):
+    """JEM and HDGE: E(x, y) = -f(x)[y], a classifier's logits read as energies (Table 4)."""
+
+    def energy(self, x: Tensor) -> Tensor:
+        """E(x) = -logsumexp_y f(x)[y]: (B, C, H, W) -> (B,)."""
+        return -self.f(x).logsumexp(1)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The likeliest label: (B, C, H, W) -> (B,)."""
+        return self.f(x).argmax(1)
+
+    def loss(self, x: Tensor, y: Tensor, chains: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy + persistent contrastive divergence on E(x) (JEM).
+
+        HDGE has no chains: -log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]), j over the batch.
+        """
+        logits = self.f(x if chains is None else torch.cat([x, chains]))
+        if chains is None:
+            generative = F.cross_entropy(logits.T[y], torch.arange(len(y), device=y.device))
+            metrics = {"contrast": generative.detach()}
+        else:
+            energies = -logits.logsumexp(1)
+            generative, metrics = contrastive(*energies.split([len(x), len(chains)]), self.config)
+            logits = logits[: len(x)]
+        metrics["accuracy"] = (logits.argmax(1) == y).float().mean()
+        return F.cross_entropy(logits, y) + generative, metrics
+
+
+class Encoder(Network):
+    """q(z | x) of Tables 7 and 8: (B, C, H, W) -> a diagonal Gaussian, batch (B,), event (D,)."""
+
+    def __init__(self, config, image_shape, activation, normalise=False):
+        heads = [(config.hidden, 2 * config.latent)]
+        super().__init__(config, image_shape, heads, activation, normalise)
+
+    def forward(self, x: Tensor) -> td.Independent:
+        mean, log_variance = super().forward(x).chunk(2, dim=1)
+        return normal(mean, (0.5 * log_variance).exp())
+
+
+class VAE(nn.Module):
+    """E(x, z) = -log p(x | z) - log p(z) (Table 4), the networks of Table 7; also GMM-VAE.
+
+    The likelihood is on pixels of [0, 1].
+    """
+
+    chain = None
+
+    def __init__(self, config, image_shape, num_classes: int):
+        super().__init__()
+        self.config, self.prior = config, Prior(config)
+        self.encoder = Encoder(config, image_shape, nn.ReLU)
+        side, width = image_shape[1] // 8, config.channels[-1]
+        self.decoder = nn.Sequential(
+            linears(config.latent, 128, side * side * width, activation=nn.ReLU), nn.ReLU(),
+            nn.Unflatten(1, (width, side, side)), upconvolutions(image_shape, width, DECODER))
+
+    def posterior(self, x: Tensor) -> td.Independent:
+        """q(z | x), the encoder's approximation: batch (B,), event (D,)."""
+        return self.encoder(x)
+
+    def represent(self, x: Tensor) -> Tensor:
+        """The mean of q(z | x): (B, C, H, W) -> (B, D)."""
+        return self.encoder(x).mean
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x | z): (B, C, H, W), (B, D) -> (B,)."""
+        logits, pixels = wide(self.decoder(z)), (wide(x) + 1) / 2
+        if self.config.likelihood == "bernoulli":
+            log_prob = -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none")
+        else:
+            log_prob = td.ContinuousBernoulli(logits=logits, validate_args=False).log_prob(pixels)
+        return log_prob.flatten(1).sum(1)
+
+    def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
+        """E(x, z): (B, C, H, W), (B, D) -> (B,)."""
+        return self.prior.energy(z) - self.log_likelihood(x, z)
+
+    def divergence(self, q: td.Independent, z: Tensor) -> Tensor:
+        """KL(q(z | x) || p(z)): closed for N(0, I), else by the sample z of q: -> (B,)."""
+        if self.config.components == 1:
+            return td.kl_divergence(q, normal(torch.zeros_like(z), torch.ones_like(z)))
+        return q.log_prob(z) + self.prior.energy(z)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """-ELBO(x) by one sample of z, in expectation at least E(x): (B, C, H, W) -> (B,)."""
+        q = self.encoder(x)
+        z = q.rsample()
+        return self.divergence(q, z) - self.log_likelihood(x, z)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """sigmoid of the likelihood's parameters, in [-1, 1]: (B, D) -> (B, C, H, W)."""
+        return wide(self.decoder(z)).sigmoid() * 2 - 1
+
+    def generate(self, count: int) -> Tensor:
+        """`decode` of z from the prior: (count, C, H, W)."""
+        return self.decode(self.prior.sample(count))
+
+    def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
+        """-ELBO, the batch's mean."""
+        q = self.encoder(x)
+        z = q.rsample()
+        divergence, distortion = self.divergence(q, z).mean(), -self.log_likelihood(x, z).mean()
+        metrics = {"distortion": distortion.detach(), "divergence": divergence.detach()}
+        return distortion + divergence, metrics
+
+
+class Discriminator(nn.Module):
+    """Logit of "real" for images, or for pairs of image and latent (Table 8)."""
+
+    def __init__(self, config, image_shape, latent: int):
+        super().__init__()
+        network = Network(config, image_shape, [(128,)], nn.LeakyReLU, normalise=True)
+        self.image = nn.Sequential(network, nn.LeakyReLU())
+        self.hidden = nn.Sequential(nn.Linear(128 + latent, 128), nn.LeakyReLU())
+        self.head = nn.Linear(128, 1)
+
+    def represent(self, x: Tensor, *z: Tensor) -> Tensor:
+        """The last hidden layer: (B, C, H, W), for pairs (B, D) -> (B, 128)."""
+        return in_float32(self.hidden, torch.cat([self.image(x), *z], dim=1))
+
+    def forward(self, x: Tensor, *z: Tensor) -> Tensor:
+        """(B, C, H, W), for pairs (B, D) -> (B,)."""
+        return in_float32(self.head, self.represent(x, *z))[:, 0]
+
+
+class GAN(nn.Module):
+    """Generator and discriminator of Table 8; E(z) = -log p(z) - logit D(G(z)) (Table 4)."""
+
+    chain = None
+    generate = VAE.generate
+
+    def __init__(self, config, image_shape, num_classes: int, pairs: bool = False):
+        super().__init__()
+        self.prior = Prior(config)
+        self.discriminator = Discriminator(config, image_shape, config.latent if pairs else 0)
+        self.generator = nn.Sequential(
+            nn.Unflatten(1, (config.latent, 1, 1)),
+            upconvolutions(image_shape, config.latent, GENERATOR, normalise=True), nn.Tanh())
+
+    def represent(self, x: Tensor) -> Tensor:
+        """The discriminator's last hidden layer: (B, C, H, W) -> (B, 128)."""
+        return self.discriminator.represent(x)
+
+    def latent_energy(self, z: Tensor) -> Tensor:
+        """E(z) = -log p(z) - logit D(G(z)): (B, D) -> (B,)."""
+        return self.prior.energy(z) - self.discriminator(self.decode(z))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """G(z): (B, D) -> (B, C, H, W)."""
+        return wide(self.generator(z))
+
+    def play(self, real: tuple, fake: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both players' losses, summed; each has gradients for its own parameters alone.
+
+        The discriminator sees detached pairs; the others see a discriminator of detached weights.
+        """
+        judge, d = self.discriminator, dict(self.discriminator.state_dict())  # state_dict detaches
+        on_real, on_fake = (judge(*(v.detach() for v in pair)) for pair in (real, fake))
+        judging = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
+        making = F.softplus(-torch.func.functional_call(judge, d, fake)).mean()
+        if len(real) == 2:  # the encoder makes the real pairs look like the generator's
+            making = making + F.softplus(torch.func.functional_call(judge, d, real)).mean()
+        accuracy = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
+        metrics = {"discriminator": judging, "generator": making, "accuracy": accuracy}
+        return judging + making, {name: m.detach() for name, m in metrics.items()}
+
+    def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The non-saturating game of G and D."""
+        return self.play((x,), (self.generate(len(x)),))
+
+
+class BiGAN(GAN):
+    """D tells (x, E(x)) from (G(z), z) (Table 8); also GMM-BiGAN."""
+
+    posterior, represent = VAE.posterior, VAE.represent
+
+    def __init__(self, config, image_shape, num_classes: int):
+        super().__init__(config, image_shape, num_classes, pairs=True)
+        self.encoder = Encoder(config, image_shape, nn.LeakyReLU, normalise=True)
+
+    def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The non-saturating game of G and E against D."""
+        z = self.prior.sample(len(x))
+        return self.play((x, self.encoder(x).rsample()), (self.decode(z), z))
+
+
+MODELS = {"cebm": Conjugate, "gmm-cebm": Conjugate, "igebm": IGEBM, "vae": VAE, "gmm-vae": VAE,
+          "bigan": BiGAN, "gmm-bigan": BiGAN, "gan": GAN, "jem": Classifier,
+          "hdge": Classifier, "rbm": Conjugate, "efh": Conjugate}
 
 
 def build(config, image_shape, num_classes: int) -> nn.Module:
-    """The model that `config` (the `model` section) describes, for images of shape (C, H, W)."""
-    statistics = StatisticsNetwork(
-        image_shape, config.channels, config.hidden, config.latent, config.head, config.t2
-    )
-    return CEBM(statistics, Gaussian.standard(config.latent), Gaussian, config.l2, config.l2_on)
+    """The model that `config` (the `model` section) names, for images of shape (C, H, W)."""
+    return MODELS[config.name](config, image_shape, num_classes)

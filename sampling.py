@@ -1,13 +1,12 @@
-"""Stochastic gradient Langevin dynamics on an energy (chains descend E) and the replay buffer.
+"""Langevin dynamics on an energy (chains descend E), block Gibbs and the replay buffer.
 
 `langevin` is the reference; `fast_langevin` is the same chain with frozen parameters, channels-last
-memory and, where the hardware has it, bfloat16. Chains are images (B, C, H, W) of pixels in
-[-1, 1].
+memory and, where the hardware has it, bfloat16. Chains are images (B, C, H, W) of [-1, 1] pixels.
 """
 
 import ctypes
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +27,6 @@ def langevin(
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         x = x.detach() - step_size * gradient + noise_std * noise
     return x.detach()
-
-
-@contextmanager
-def frozen(module: nn.Module):
-    """Parameters of `module` need no gradient inside: chains differentiate by pixels only."""
-    needing = [p for p in module.parameters() if p.requires_grad]
-    try:
-        for p in needing:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in needing:
-            p.requires_grad_(True)
 
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -64,9 +50,26 @@ def keep_freed_memory() -> None:
 
 def fast_langevin(module: nn.Module, energy, x: Tensor, bfloat16: bool = False, **chain) -> Tensor:
     """`langevin` on `energy`, a function of `module`'s parameters; equal to it up to rounding."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    with frozen(module), torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-        return langevin(energy, x, **chain).contiguous()
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    needing = [p.requires_grad_(False) for p in module.parameters() if p.requires_grad]
+    try:  # chains differentiate by their state only
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
+            return langevin(energy, x, **chain).contiguous()
+    finally:
+        for p in needing:
+            p.requires_grad_(True)
+
+
+def advance(model, x: Tensor, steps: int, generator, energy=None, bfloat16=False, **settings):
+    """Chains (B, ...) `steps` on: block Gibbs if the model can, else Langevin on `energy` or E."""
+    if model.chain != "gibbs":
+        chain = {"steps": steps, "generator": generator, **settings}
+        return fast_langevin(model, energy or model.energy, x, bfloat16, **chain)
+    with torch.no_grad():
+        for _ in range(steps):
+            x = model.gibbs(x, generator)
+    return x
 
 
 class ReplayBuffer:
