@@ -1,11 +1,11 @@
 """Train, sample and evaluate conjugate energy-based models: `python cebm.py COMMAND --help`.
 
-The commands, the configuration, checkpoints and the training loop. torch is imported inside the
-functions that need it, so that `--help` answers at once.
+The commands, the configuration, checkpoints and the training loop.
 """
 
 import difflib
 import fcntl
+import importlib
 import io
 import json
 import math
@@ -14,88 +14,41 @@ import platform
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import lru_cache
+from contextlib import suppress
+from dataclasses import asdict, make_dataclass
 from pathlib import Path
 
 import click
 import yaml
 
+
+class Lazy:
+    """A module that is imported when it is first used, so that `--help` answers at once."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch, np, data, evaluate, models, sampling = map(
+    Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
 FORMAT = 2  # of the checkpoint; another number is refused
-DATA = "mnist", "fmnist", "cifar10", "svhn", "glyphs", "folder"
-MODELS = ("cebm", "gmm-cebm", "igebm", "vae", "gmm-vae", "bigan", "gmm-bigan", "gan", "jem", "hdge",
-          "rbm", "efh")
+try:
+    BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
+except (OSError, yaml.YAMLError) as error:
+    sys.exit(f"Error: configs.yaml: {error}")
+# A frozen dataclass a section. recipes.common has every key, its values every type; a key's bounds
+# or choices are in `limits`.
+COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
+SECTIONS = {name: make_dataclass(name.title(), {k: type(v) for k, v in values.items()}, frozen=True)
+            for name, values in COMMON.items()}
+Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
 
 
 class Failure(click.ClickException):
     """Ends a command with one message on stderr and exit status 1."""
-
-
-def _(low=None, high=None, choices=None, length=None):
-    return field(metadata={"low": low, "high": high, "choices": choices, "length": length})
-
-
-@dataclass(frozen=True)
-class Data:
-    name: str = _(choices=DATA)
-    image: tuple[int, ...] = _(1, 512, length=3)  # channels, height, width
-    classes: int = _(1, 10_000)
-    extra: bool = _()  # SVHN: train on the extra images too
-    noise_std: float = _(0, 10)  # Gaussian noise on training images, in pixels of [-1, 1]
-
-
-@dataclass(frozen=True)
-class Model:
-    name: str = _(choices=MODELS)
-    channels: tuple[int, ...] = _(1, 4096, length=4)
-    hidden: int = _(1, 65_536)
-    latent: int = _(1, 65_536)
-    head: str = _(choices=("shared", "separate"))
-    t2: str = _(choices=("square", "softplus"))
-    l2: float = _(0, 1e6)
-    l2_on: str = _(choices=("data", "both"))
-    components: int = _(1, 10_000)  # of the Gaussian prior; 1 is N(0, I), more are learned
-    prior_mean_std: float = _(0, 1e3)  # components start with means of this deviation
-    prior_std: tuple[float, ...] = _(1e-3, 1e3, length=2)  # and deviations uniform between these
-    represent: str = _(choices=("mixture", "component"))  # whose mean stands for an image
-    likelihood: str = _(choices=("continuous_bernoulli", "bernoulli"))  # of a VAE
-    visible_std: float = _(1e-3, 1e3)  # of an EFH's x given z, in pixels of [-1, 1]
-
-
-@dataclass(frozen=True)
-class Chains:
-    steps: int = _(1, 100_000)
-    step_size: float = _(0, 1e6)
-    noise_std: float = _(0, 1e3)
-    buffer: int = _(1, 10_000_000)
-    reuse: float = _(0, 1)
-
-
-@dataclass(frozen=True)
-class Train:
-    updates: int = _(1, 1_000_000_000)
-    batch: int = _(1, 1_000_000)
-    rate: float = _(0, 10)
-    beta1: float = _(0, 0.999999)
-    beta2: float = _(0, 0.999999)
-    epsilon: float = _(1e-16, 1)
-    warmup: int = _(0, 1_000_000_000)  # updates over which the rate rises from 0
-    decay: str = _(choices=("none", "cosine"))  # of the rate, to 0 at the last update
-    precision: str = _(choices=("auto", "float32", "bfloat16"))
-    seed: int = _(0, 2**31 - 1)
-    energy_bound: float = _(1, 1e30)  # training stops when a mean energy passes it
-    log_every: int = _(1, 1_000_000_000)
-    checkpoint_every: int = _(1, 1_000_000_000)
-    pictures: int = _(0, 1000)  # of the chains, over the whole run
-
-
-@dataclass(frozen=True)
-class Config:
-    data: Data
-    model: Model
-    chains: Chains
-    train: Train
 
 
 def _nearest(word, known) -> str:
@@ -103,92 +56,84 @@ def _nearest(word, known) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
 
 
-def _checked(key: str, kind, value, low, high, choices, length):
-    """`value` with the type and bounds of field `key`, or a usage error that names them."""
-    if length and isinstance(value, (list, tuple)) and len(value) == length:
-        return tuple(_checked(key, kind.__args__[0], v, low, high, choices, None) for v in value)
-    if kind is float and type(value) in (int, str):
+def _checked(key: str, value, like, limit):
+    """`value` with the type of `like` and within `limit`, or a usage error that names them."""
+    if isinstance(like, list) and isinstance(value, (list, tuple)) and len(value) == len(like):
+        return tuple(_checked(key, v, like[0], limit) for v in value)
+    if isinstance(like, float) and type(value) in (int, str):
         with suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 1e-4, without a dot, as a word
-    if type(value) is kind and (value in choices if choices else high is None
-                                or low <= value <= high):  # false for NaN too
+    if type(value) is type(like) and (value in limit if isinstance(like, (str, bool))
+                                      else limit[0] <= value <= limit[1]):  # false for NaN too
         return value
-    names = {int: "a whole number", float: "a number", bool: "true or false"}
-    wanted = f"one of {', '.join(choices)}" if choices else (
-        names.get(kind, f"a list of {length} numbers, each")
-        + (f" from {low:,} to {high:,}" if high is not None else ""))
+    kind = {int: "a whole number", float: "a number"}.get(type(like))
+    wanted = f"one of {', '.join(map(str, limit))}" if isinstance(like, (str, bool)) else (
+        f"{kind or f'a list of {len(like)} numbers, each'} from {limit[0]:,} to {limit[1]:,}")
     raise click.UsageError(f"{key} = {value!r}: it has to be {wanted}")
 
 
-def parse_config(tree, kind=Config, where: str = ""):
+def parse_config(tree) -> Config:
     """A plain dictionary of sections -> frozen `Config`; UsageError names what is wrong."""
-    if not isinstance(tree, dict):
-        raise click.UsageError(f"{where or 'the configuration'} has to be a section of keys")
-    known = {f.name: f for f in fields(kind)}
-    if unknown := [key for key in tree if key not in known]:
-        raise click.UsageError(f"unknown key {where}{unknown[0]}{_nearest(unknown[0], known)}")
-    if missing := [where + name for name in known if name not in tree]:
-        raise click.UsageError(f"missing from the configuration: {', '.join(missing)}")
-    config = kind(**{
-        name: parse_config(tree[name], f.type, f"{where}{name}.") if is_dataclass(f.type)
-        else _checked(where + name, f.type, tree[name], **f.metadata) for name, f in known.items()})
-    if kind is Config:
-        name, image, size = config.model.name, list(config.data.image), config.data.image[1:]
-        draws = name.endswith(("vae", "gan"))
-        if min(size) < 8 or (draws and size not in ((28, 28), (32, 32))):
-            wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
-            raise click.UsageError(f"data.image = {image}: {name} needs {wanted} pixels")
-        if config.train.batch > config.chains.buffer:
-            raise click.UsageError(f"train.batch = {config.train.batch}: it must not exceed "
-                                   f"chains.buffer = {config.chains.buffer}, a slot for each chain")
-        if name in ("rbm", "efh") and config.model.components > 1:
-            raise click.UsageError(f"model.components = {config.model.components}: {name} has 1")
+    parts = [("", tree, COMMON)]
+    for where, found, known in parts:
+        if not isinstance(found, dict):
+            raise click.UsageError(f"{where or 'the configuration'} has to be a section of keys")
+        for key in (k for k in found if k not in known):
+            raise click.UsageError(f"unknown key {where}{key}{_nearest(key, known)}")
+        if missing := [where + key for key in known if key not in found]:
+            raise click.UsageError(f"missing from the configuration: {', '.join(missing)}")
+        if not where:
+            parts += [(f"{name}.", found[name], values) for name, values in COMMON.items()]
+    config = Config(**{name: section(**{
+        key: _checked(f"{name}.{key}", tree[name][key], like, LIMITS[name][key])
+        for key, like in COMMON[name].items()}) for name, section in SECTIONS.items()})
+    name, image, size = config.model.name, list(config.data.image), config.data.image[1:]
+    draws = name.endswith(("vae", "gan"))
+    if min(size) < 8 or (draws and size not in ((28, 28), (32, 32))):
+        wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
+        raise click.UsageError(f"data.image = {image}: {name} is for images of {wanted} pixels")
+    if config.train.batch > config.chains.buffer:
+        raise click.UsageError(f"train.batch = {config.train.batch}: it must not exceed "
+                               f"chains.buffer = {config.chains.buffer}, a slot for each chain")
     return config
 
 
-def recipe_book() -> dict:
-    """The contents of configs.yaml."""
-    return yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
-
-
-def presets(book: dict) -> dict[str, tuple[str, str, dict]]:
+def presets() -> dict[str, tuple[str, str, dict]]:
     """Name -> (model, data, overrides) of every preset of configs.yaml, the newcomer's first."""
-    found = {n: (p["model"], p["data"], p["set"]) for n, p in book["presets"].items()}
-    found |= {f"{m}-{d}": (m, d, {}) for m, model in book["models"].items() for d in model["data"]}
+    found = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
+    found |= {f"{m}-{d}": (m, d, {}) for m, model in BOOK["models"].items() for d in model["data"]}
     return found | {f"{base}-{v}": (*found[base][:2], variant["set"])
-                    for v, variant in book["variants"].items() for base in variant["of"]}
+                    for v, variant in BOOK["variants"].items() for base in variant["of"]}
 
 
 def compose(preset: str, settings=()) -> Config:
     """The configuration of `preset` with KEY=VALUE `settings` over it; keys as `train.rate`."""
-    full = sorted(f"{s.name}.{k.name}" for s in fields(Config) for k in fields(s.type))
-    chosen = {}
+    full, chosen = sorted(f"{name}.{k}" for name in COMMON for k in COMMON[name]), {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         matches = [k for k in full if key in (k, k.split(".")[1])]
         if not equals or len(matches) != 1:
-            why = "is not KEY=VALUE" if not equals else (
-                f"could be {' or '.join(matches)}" if matches else f"is no key{_nearest(key, full)}")
+            why = f"could be {' or '.join(matches)}" if matches else (
+                f"is no key{_nearest(key, full)}")
+            why = why if equals else "is not KEY=VALUE"
             raise click.UsageError(f"--set {setting}: {key!r} {why}")
         try:
             chosen[matches[0]] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise click.UsageError(f"--set {setting}: {text!r} is not a YAML value") from None
     try:
-        book = recipe_book()
-        if preset not in (known := presets(book)):
+        if preset not in (known := presets()):
             raise click.UsageError(f"no preset {preset!r}{_nearest(preset, known)}")
-        name, data, overrides = known[preset]
-        model, images = book["models"][name], dict(book["data"][data])
-        shape, recipe = book["trunks"][images.pop("trunk")], book["recipes"][model["recipe"]]
-        tree = {section: values | recipe.get(section, {})
-                for section, values in book["recipes"]["common"].items()}
-        tree["data"] |= {"name": data, **images}
+        name, source, overrides = known[preset]
+        model, images = BOOK["models"][name], dict(BOOK["data"][source])
+        shape, recipe = BOOK["trunks"][images.pop("trunk")], BOOK["recipes"][model["recipe"]]
+        tree = {section: v | recipe.get(section, {}) for section, v in COMMON.items()}
+        tree["data"] |= {"name": source, **images}
         tree["model"] |= {"name": name, **shape, **model["set"]}
         for key, value in (overrides | chosen).items():
             section, key = key.split(".")
             tree[section][key] = value
-    except (OSError, yaml.YAMLError, LookupError, AttributeError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise click.UsageError(f"configs.yaml, {preset}: {error!r}") from error
     return parse_config(tree)
 
@@ -222,8 +167,6 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def load_checkpoint(path) -> dict:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
-    import torch
-
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -240,7 +183,7 @@ def load_checkpoint(path) -> dict:
     return state
 
 
-def open_checkpoint(path, device="cpu"):
+def load_model(path, device="cpu"):
     """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
     state = load_checkpoint(path)
     try:
@@ -252,27 +195,16 @@ def open_checkpoint(path, device="cpu"):
     return model.eval(), config, state
 
 
-def load_model(path, device="cpu"):
-    """A checkpoint's model in evaluation mode on `device`, and its `Config`."""
-    return open_checkpoint(path, device)[:2]
-
-
-def new_model(config: Config, device):
+def new_model(config, device):
     """The untrained model of `config`: the same seed gives the same weights."""
-    import torch
-
-    import models
-
     with torch.random.fork_rng([]):
         torch.manual_seed(config.train.seed)
         model = models.build(config.model, config.data.image, config.data.classes)
     return model.to(device, memory_format=torch.channels_last)
 
 
-def load_images(config: Config, split: str, data_dir: str, other: str = ""):
+def load_images(config, split: str, data_dir: str, other: str = ""):
     """uint8 images and labels of the data that `config` names, or of `other` data."""
-    import data
-
     name, shape, extra = other or config.data.name, config.data.image, config.data.extra
     try:
         images, labels = data.load(name, split, data_dir, shape, extra)
@@ -284,7 +216,7 @@ def load_images(config: Config, split: str, data_dir: str, other: str = ""):
     return images, labels
 
 
-def learning_rate(update: int, train: Train) -> float:
+def learning_rate(update: int, train) -> float:
     """The rate of update 1, 2, ...: linear warm-up, then constant or a cosine to 0."""
     rate = train.rate * min(1.0, update / max(1, train.warmup))
     if train.decay == "cosine":
@@ -292,99 +224,68 @@ def learning_rate(update: int, train: Train) -> float:
     return rate
 
 
-@lru_cache(maxsize=1)
-def _epoch_order(count: int, seed: int, epoch: int):
-    import torch
-
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def batch_indices(update: int, count: int, train: Train):
-    """The images of update 1, 2, ... of `count`: each epoch a new order, from the seed alone."""
-    epoch, position = divmod(update - 1, count // train.batch)
-    return _epoch_order(count, train.seed, epoch)[position * train.batch:][: train.batch]
+def batches(done: int, count: int, train):
+    """Update done + 1, ... and its indices into `count` images; the seed orders each epoch anew."""
+    order, each = None, count // train.batch
+    for update in range(done, train.updates):
+        epoch, position = divmod(update, each)
+        if order is None or position == 0:
+            seed = train.seed * 1_000_003 + epoch
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        yield update + 1, order[position * train.batch:][: train.batch]
 
 
-class Log:
-    """log.csv and the terminal: a row every so many updates; rows past a checkpoint are dropped."""
-
-    def __init__(self, path: Path, done: int, updates: int):
-        self.path, self.updates = path, updates
-        if path.exists():
-            header, *rows = path.read_text(errors="replace").splitlines(keepends=True) or [""]
-            rows = [r for r in rows if r.endswith("\n") and r.partition(",")[0].isdecimal()]
-            kept = [r for r in rows if int(r.partition(",")[0]) <= done]
-            write_whole(path, (header + "".join(kept)).encode() if kept else b"")
-        self.bar = click.progressbar(length=updates, show_pos=True, show_percent=False, width=8,
-                                     item_show_func=lambda s: s, hidden=not sys.stdout.isatty())
-        self.bar.__enter__()
-        self.bar.update(done)
-
-    def row(self, update: int, values: dict[str, float]) -> None:
-        try:
-            with self.path.open("a") as file:
-                header = "" if file.tell() else ",".join(["update", *values]) + "\n"
-                file.write(header + ",".join(map(str, [update, *values.values()])) + "\n")
-        except OSError as error:
-            raise Failure(f"cannot write {self.path}: {error.strerror}. The last checkpoint is "
-                          "intact; make room and start the same command again") from error
-        if self.bar.hidden:
-            text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            click.echo(f"update {update}/{self.updates}  {text}")
-        else:
-            shown = "E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels " \
-                    "{pixel_min:.1f}..{pixel_max:.1f}" if "gap" in values else "loss {loss:.4g}"
-            self.bar.update(0, (shown + " {updates_per_second:.3g}/s").format(**values))
+def log_row(path: Path, bar, values: dict[str, float]) -> None:
+    """Adds a row to log.csv, and shows it on the progress bar or, in a pipe, as a line."""
+    try:
+        with path.open("a") as file:
+            header = "" if file.tell() else ",".join(values) + "\n"
+            file.write(header + ",".join(map(str, values.values())) + "\n")
+    except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}. The last checkpoint is intact; make "
+                      "room and start the same command again") from error
+    if bar.hidden:
+        click.echo("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    else:
+        shown = "E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels {pixel_min:.1f}.." \
+                "{pixel_max:.1f}" if "gap" in values else "loss {loss:.4g}"
+        bar.update(0, (shown + " {updates_per_second:.3g}/s").format(**values))
 
 
-@contextmanager
 def claimed(folder: Path):
-    """Makes `folder` and locks it against a second `train`."""
+    """Makes `folder` and locks it against a second `train`, until what it returns is closed."""
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise Failure(f"{folder} is in use by another `train`; choose another --out") from None
     except OSError as error:
         raise Failure(f"cannot write to {folder}: {error.strerror}; choose --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(f"{folder} is in use by another `train`; choose another --out") from None
-        yield
 
 
-@contextmanager
-def interruptions():
-    """A list that Ctrl-C and SIGTERM append to, instead of ending the program."""
-    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    old = {number: signal.signal(number, lambda *_: caught.append(1)) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def interruptions() -> list:
+    """A list that Ctrl-C and SIGTERM append to from now on, instead of ending the program."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: caught.append(1))
+    return caught
 
 
 def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
     """A run goes on only as it began, or longer, where nothing depends on its length."""
-    old, new = ({f"{section}.{k}": v for section, part in c.items() for k, v in part.items()}
-                for c in (old, new))
-    differing = [k for k in new if old.get(k) != new[k]]
-    longer = differing == ["train.updates"] and old["train.updates"] < new["train.updates"]
-    if differing and not (longer and new["train.decay"] == "none"):
-        changes = ", ".join(f"{k} ({old.get(k)} there, {new[k]} here)" for k in differing)
+    differing = {f"{section}.{k}": (old[section][k], value) for section, part in new.items()
+                 for k, value in part.items() if old[section][k] != value}
+    longer = old["train"]["updates"] < new["train"]["updates"] and new["train"]["decay"] == "none"
+    if differing and not (longer and list(differing) == ["train.updates"]):
+        changes = ", ".join(f"{k} ({a} there, {b} here)" for k, (a, b) in differing.items())
         raise Failure(f"{folder} holds a run with another configuration: {changes}. "
                       "Choose another folder with --out, or the same settings")
 
 
-def train_model(config: Config, folder: Path, data_dir: str, device, preset: str) -> bool:
+def train_model(config, folder: Path, data_dir: str, device, preset: str) -> bool:
     """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
-    import torch
-
-    import data
-    import evaluate
-    import sampling
-
     sampling.keep_freed_memory()
     settings, c, path = config.train, config.chains, folder / "ckpt.pt"
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
@@ -398,42 +299,46 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
     betas = settings.beta1, settings.beta2
     optimiser = torch.optim.Adam(model.parameters(), settings.rate, betas, settings.epsilon)
     buffer = model.chain and sampling.ReplayBuffer(c.buffer, config.data.image, c.reuse, generator)
-    done, seconds, precision = 0, 0.0, settings.precision
+    done, seconds, log_size, precision = 0, 0.0, 0, settings.precision
     if precision == "auto":
         precision = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
     if path.exists():
         state = load_checkpoint(path)
-        refuse_other_config(state["config"], plain(config), folder)
+        refuse_other_config(plain(parse_config(state["config"])), plain(config), folder)
         try:
             model.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
             if buffer:
                 buffer.images.copy_(state["buffer"])
             generator.set_state(state["generator"])
-            done, seconds, precision = state["updates"], state["seconds"], state["precision"]
+            done, seconds, log_size, precision = (
+                state[k] for k in ("updates", "seconds", "log_size", "precision"))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Failure(f"{path} cannot be gone on from: a part of its state is missing or is of "
                           f"another device ({error!r:.80}). Choose another --out") from error
         click.echo(f"going on after update {done} of {path}, in {precision}")
-    chain = {"steps": c.steps, "step_size": c.step_size, "noise_std": c.noise_std,
-             "generator": generator, "bfloat16": precision == "bfloat16"}
+    bfloat16 = precision == "bfloat16"
     write_whole(folder / "config.yaml", as_yaml(plain(config)).encode())
     picture_every = math.ceil(settings.updates / settings.pictures) if settings.pictures else 0
-    log, started = Log(folder / "log.csv", done, settings.updates), time.monotonic()
-    log.bar.start = time.time() - seconds  # what the remaining time is reckoned from
-    with log.bar, interruptions() as interrupted:
-        for update in range(done + 1, settings.updates + 1):
+    log, started, interrupted = folder / "log.csv", time.monotonic(), interruptions()
+    if log.exists():  # rows past the checkpoint come again
+        write_whole(log, log.read_bytes()[:log_size])
+    with click.progressbar(length=settings.updates, show_pos=True, show_percent=False, width=8,
+                           item_show_func=str, hidden=not sys.stdout.isatty()) as bar:
+        bar.update(done)
+        bar.start = time.time() - seconds  # what the remaining time is reckoned from
+        for update, chosen in batches(done, len(images), settings):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(update, settings)
-            chosen = batch_indices(update, len(images), settings).to(device)
+            chosen = chosen.to(device)
             x = data.normalise(images[chosen])  # (B, C, H, W)
             noise = torch.randn(x.shape, generator=generator, device=device)
             x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
-            chains = None
+            slots, chains = buffer.draw(settings.batch) if buffer else (None, None)
             if buffer:
-                slots, chains = buffer.draw(settings.batch)
-                chains = sampling.advance(model, chains, **chain)
-            with torch.autocast(device.type, torch.bfloat16, enabled=chain["bfloat16"]):
+                chains = sampling.advance(model, model.energy, chains, c.steps, c.step_size,
+                                          c.noise_std, generator, bfloat16)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 loss, metrics = model.loss(x, labels[chosen], chains)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -443,29 +348,34 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
                 raise Failure(
                     f"diverged at update {update}: loss, energies or gradients of {largest:.3g} "
                     f"(the bound is {settings.energy_bound:.3g}). No update was made. The last "
-                    f"checkpoint, if any, is {path}; try a lower train.rate" + buffer * (
-                        ", more chains.steps, a higher model.l2 or model.l2_on=both"))
+                    f"checkpoint, if any, is {path}; try a lower train.rate, or with chains more "
+                    "chains.steps, a higher model.l2 or model.l2_on=both")
             optimiser.step()
             if buffer:
                 buffer.put(slots, chains)
                 metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
-            log.bar.update(1)
+            bar.update(1)
             last, stop = update == settings.updates, bool(interrupted)
             if update % settings.log_every == 0 or last:
                 spent = time.monotonic() - started
-                log.row(update, {"loss": loss.item(), **{k: v.item() for k, v in metrics.items()},
-                                 "seconds": round(seconds + spent, 1),
-                                 "updates_per_second": round((update - done) / spent, 3)})
+                log_row(log, bar, {
+                    "update": update, "loss": loss.item(),
+                    **{k: v.item() for k, v in metrics.items()}, "seconds": round(seconds + spent, 1),
+                    "updates_per_second": round((update - done) / spent, 3)})
             if picture_every and (update % picture_every == 0 or last):
-                shown = buffer.images[:64] if buffer else evaluate.drawn(model, 64, settings.seed)
-                if shown is not None:
-                    name = folder / "samples" / f"{update:07d}.png"
-                    write_whole(name, evaluate.grid_png(shown))
+                picture = folder / "samples" / f"{update:07d}.png"
+                if buffer:
+                    write_whole(picture, evaluate.grid_png(buffer.images[:64]))
+                elif hasattr(model, "generate"):
+                    with evaluate.seeded(settings.seed, device), torch.no_grad():
+                        write_whole(picture, evaluate.grid_png(model.eval().generate(64)))
+                    model.train()
             if update % settings.checkpoint_every == 0 or last or stop:
                 torch.save({
                     "format": FORMAT, "preset": preset, "config": plain(config), "updates": update,
                     "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
                     "precision": precision, "device": device.type,
+                    "log_size": log.stat().st_size if log.exists() else 0,
                     "versions": {"torch": str(torch.__version__),
                                  "python": platform.python_version()},
                     "model": model.state_dict(), "optimiser": optimiser.state_dict(),
@@ -478,8 +388,6 @@ def train_model(config: Config, folder: Path, data_dir: str, device, preset: str
 
 
 def _device(_context, _parameter, name: str):
-    import torch
-
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -520,11 +428,9 @@ def tabulate(checkpoints, form, data_dir: str, device, figures) -> None:
 
     A figure that is a list goes to JSON alone.
     """
-    import evaluate
-
     rows = []
     for path in checkpoints:
-        model, config, state = open_checkpoint(path, device)
+        model, config, state = load_model(path, device)
         sets = [load_images(config, split, data_dir) for split in ("train", "test")]
         rows.append({"checkpoint": path, "model": config.model.name, "data": config.data.name,
                      "updates": state["updates"], **figures(model, config, *sets)})
@@ -567,8 +473,8 @@ def train(preset, settings, out, seed, data_dir, device):
 
 @main.command()
 @CHECKPOINT
-@click.option("--from", "source", type=click.Choice(["buffer", "noise"]),
-              help="Where chains start.  [default: buffer]")
+@click.option("--from", "source", type=click.Choice(["buffer", "noise"]), default="buffer",
+              show_default=True, help="Where chains start.")
 @click.option("--given", type=click.IntRange(1, 1000), metavar="N",
               help="Draw from p(x | z), z the latents of each of the first N test images.")
 @click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")
@@ -584,48 +490,39 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
 
     Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise --steps 500
     """
-    import torch
-
-    import data
-    import evaluate
-    import sampling
-
-    model, config, state = open_checkpoint(checkpoint, device)
-    decodes, c = hasattr(model, "decode"), config.chains
-    usable = {"from": not decodes, "steps": not decodes, "given": hasattr(model, "posterior"),
-              "refine": hasattr(model, "latent_energy")}
-    asked = {"from": source, "steps": steps, "given": given, "refine": refine}
-    for option in (k for k, v in asked.items() if v is not None and not usable[k]):
-        raise click.UsageError(f"--{option} is not for {config.model.name}, the model of "
-                               f"{checkpoint}")
-    generator, energy = torch.Generator(device).manual_seed(seed), getattr(model, "energy", None)
-    steps, originals = c.steps if steps is None else steps, torch.empty(0, *config.data.image)
-    buffer = None if given or source == "noise" else state.get("buffer")
+    model, config, state = load_model(checkpoint, device)
+    name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
+    for option, value, able in (("--given", given, hasattr(model, "posterior")),
+                                ("--refine", refine, name == "gan")):
+        if value and not able:
+            raise click.UsageError(f"{option} is not for {name}, the model of {checkpoint}")
+    generator = torch.Generator(device).manual_seed(seed)
     if given:
         originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
-        count, z = len(originals), model.represent(originals.to(device)).detach()
-        energy = energy if decodes or model.chain == "gibbs" else (
-            lambda x: model.joint_energy(x, z))
-    if decodes:
+        count, z = len(originals), model.represent(originals.to(device)).detach()  # (N, D)
+    if hasattr(model, "decode"):
         with evaluate.seeded(seed, device):
-            x = z if given else model.prior.sample(count).detach()
-        steps, energy = refine or 0, model.latent_energy if refine else None
-    elif given and model.chain == "gibbs":
-        x, steps = originals.to(device), 1
-    elif buffer is not None:
-        order = torch.randperm(len(buffer), generator=torch.Generator().manual_seed(seed))
-        x = buffer[order[:count]].to(device)
+            z = z if given else model.prior.sample(count).detach()
+        if refine:
+            z = sampling.langevin(model.latent_energy, z, refine, c.step_size, c.noise_std,
+                                  generator)
+        x = model.decode(z).detach()
     else:
-        if not given and source != "noise":
-            click.echo(f"{checkpoint} has no replay buffer: starting from noise")
-        x = torch.rand(count, *config.data.image, generator=generator, device=device) * 2 - 1
-    before = energy and energy(x).mean().item()
-    x = sampling.advance(model, x, steps, generator, energy=energy, step_size=c.step_size,
-                         noise_std=c.noise_std)
-    if energy:
-        click.echo(f"{steps} steps: mean energy {before:.4g} -> {energy(x).mean().item():.4g}, "
-                   f"range {x.min().item():.3g} to {x.max().item():.3g}")
-    x = (model.decode(x).detach() if decodes else x).cpu()
+        energy = (lambda x: model.joint_energy(x, z)) if given else model.energy
+        steps, stored = c.steps if steps is None else steps, state.get("buffer")
+        if given and model.chain == "gibbs":
+            steps, start = 1, originals.to(device)
+        elif given or source == "noise" or stored is None:
+            if not given and source == "buffer":
+                click.echo(f"{checkpoint} has no replay buffer: starting from noise")
+            start = sampling.uniform((count, *config.data.image), generator)
+        else:
+            order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
+            start = stored[order[:count]].to(device)
+        x = sampling.advance(model, energy, start, steps, c.step_size, c.noise_std, generator)
+        click.echo(f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
+                   f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}")
+    x = x.cpu()
     write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x]), len(originals) or None))
     click.echo(out)
 
@@ -642,31 +539,29 @@ def knn(checkpoints, limit, plot, form, data_dir, device):
 
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
-    import data
-    import evaluate
-
     matrices = []
 
     def figures(model, config, train, test):
         row, untrained = {}, new_model(config, device).eval()
+        names = data.class_names(config.data.name, data_dir, config.data.classes)
         spaces = {"latent": model.represent, "untrained": untrained.represent,
                   "pixel": lambda x: x.flatten(1)}
         for space, represent in spaces.items():
             a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
             predicted = train[1][evaluate.nearest(a, b).cpu()]
-            counts = evaluate.confusion(test[1], predicted, config.data.classes)
+            counts = torch.zeros(len(names), len(names), dtype=torch.long)
+            counts.index_put_((test[1], predicted), torch.tensor(1), accumulate=True)
             row[space] = round(100 * counts.diag().sum().item() / len(test[1]), 2)
             row.setdefault("confusion", counts.tolist())
-        if hasattr(model, "classify"):
-            right = evaluate.in_batches(model.classify, test[0], device).cpu() == test[1]
+        if config.model.name in ("jem", "hdge"):
+            right = evaluate.in_batches(model.f, test[0], device).argmax(1).cpu() == test[1]
             row["accuracy"] = round(100 * right.double().mean().item(), 2)
-        names = data.class_names(config.data.name, data_dir, config.data.classes)
-        matrices.append((row["confusion"], names))
+        matrices.append((torch.tensor(row["confusion"]), names))
         return row
 
     tabulate(checkpoints, form, data_dir, device, figures)
     for path, (counts, names) in zip(checkpoints * (form is None), matrices, strict=False):
-        rows = [dict(zip(["true", *names], [name, *row], strict=True))
+        rows = [{"true": name, **dict(zip(names, row.tolist(), strict=True))}
                 for name, row in zip(names, counts, strict=True)]
         click.echo(f"\n{path}, columns predicted:\n{evaluate.table(rows)}")
     if plot:
@@ -682,8 +577,6 @@ def probe(checkpoints, form, data_dir, device):
 
     Example: python cebm.py probe runs/quickstart/ckpt.pt
     """
-    import evaluate
-
     def figures(model, config, train, test):
         a, b = (evaluate.in_batches(model.represent, s[0], device).cpu() for s in (train, test))
         scores = {n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
@@ -696,7 +589,7 @@ def probe(checkpoints, form, data_dir, device):
 
 @main.command()
 @tabular
-@click.option("--against", multiple=True, metavar="DATA", type=click.Choice(DATA),
+@click.option("--against", multiple=True, metavar="DATA", type=click.Choice(LIMITS["data"]["name"]),
               help="Another data set; may be repeated. Uniform noise and constant images always.")
 def ood(checkpoints, against, form, data_dir, device):
     """AUROC of telling the test set from other data, in percent.
@@ -705,10 +598,6 @@ def ood(checkpoints, against, form, data_dir, device):
 
     Example: python cebm.py ood runs/cebm-fmnist/ckpt.pt --against mnist
     """
-    import torch
-
-    import evaluate
-
     def figures(model, config, train, test):
         if not hasattr(model, "energy"):
             raise Failure(f"{config.model.name} has no density of images to score with")
@@ -737,15 +626,13 @@ def export(checkpoint, split, map, out, data_dir, device):
 
     Example: python cebm.py export runs/quickstart/ckpt.pt --split train --map map.png
     """
-    import numpy as np
-    import torch
-
-    import data
-    import evaluate
-
-    model, config = load_model(checkpoint, device)
+    model, config, _state = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
-    arrays = evaluate.describe(model, images, device) | {"labels": labels.numpy()}
+    columns = {"mean": model.represent, "energy": getattr(model, "energy", None), "std": hasattr(
+        model, "posterior") and (lambda x: model.posterior(x).variance.sqrt())}
+    with evaluate.seeded(0, device):
+        arrays = {k: evaluate.in_batches(f, images, device).cpu().numpy()
+                  for k, f in columns.items() if f} | {"labels": labels.numpy()}
     np.savez(content := io.BytesIO(), **arrays)
     write_whole(Path(out), content.getvalue())
     click.echo(f"{out}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
@@ -764,7 +651,7 @@ def show(what):
 
     Example: python cebm.py show cebm-fmnist
     """
-    names = list(presets(recipe_book()))
+    names = list(presets())
     if what is None:
         for name in names:
             c = compose(name)

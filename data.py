@@ -7,20 +7,17 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# (module attribute, images in train and test)
-PUBLIC = {
-    "mnist": ("MNIST", 60_000, 10_000),
-    "fmnist": ("FashionMNIST", 60_000, 10_000),
-    "cifar10": ("CIFAR10", 50_000, 10_000),
-    "svhn": ("SVHN", 73_257, 26_032),
-}
-CLASSES = {
-    "fmnist": "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split(),
-    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
-}
+# torchvision's class, and the images of each split
+PUBLIC = {"mnist": ("MNIST", {"train": 60_000, "test": 10_000}),
+          "fmnist": ("FashionMNIST", {"train": 60_000, "test": 10_000}),
+          "cifar10": ("CIFAR10", {"train": 50_000, "test": 10_000}),
+          "svhn": ("SVHN", {"train": 73_257, "test": 26_032, "extra": 531_131})}
+CLASSES = {"fmnist": "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split(),
+           "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
 
 
 class DataError(Exception):
@@ -39,9 +36,7 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def load(
-    name: str, split: str, data_dir: str = "data", image_shape=None, extra: bool = False
-) -> tuple[Tensor, Tensor]:
+def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
     """Images (N, C, H, W) uint8 and labels (N,) int64 of `split` ("train" or "test").
 
     `image_shape` (C, H, W) is what a folder's images are scaled to and what the others are checked
@@ -56,50 +51,42 @@ def load(
         if extra and name == "svhn" and split == "train":
             more = _public(name, "extra", data_dir)
             images, labels = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
-    if image_shape is not None and tuple(images.shape[1:]) != tuple(image_shape):
-        raise DataError(
-            f"{name} has images of {'x'.join(map(str, images.shape[1:]))} (channels x height x "
-            f"width), the configuration asks for {'x'.join(map(str, image_shape))}: set data.image"
-        )
+    found, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], image_shape or ()))
+    if image_shape and found != wanted:
+        raise DataError(f"{name} has images of {found} (channels x height x width), the "
+                        f"configuration asks for {wanted}: set data.image")
     return images, labels
 
 
 def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
     from torchvision import datasets
 
-    kind, *counts = PUBLIC[name]
+    kind, counts = PUBLIC[name]
     which = {"split": split} if name == "svhn" else {"train": split == "train"}
     where = f"{kind} ({split}) in {data_dir}"
-    found = getattr(datasets, kind)
     try:
         try:
-            data = found(data_dir, download=False, **which)
+            data = getattr(datasets, kind)(data_dir, download=False, **which)
         except RuntimeError:  # torchvision: "Dataset not found or corrupted"
             print(f"{where} is absent or incomplete: downloading", file=sys.stderr)
-            data = found(data_dir, download=True, **which)
+            data = getattr(datasets, kind)(data_dir, download=True, **which)
     except Exception as error:  # torchvision raises whatever its parsers and the network raise
         reason = str(error).partition("\n")[0] or repr(error)
-        raise DataError(
-            f"cannot read or download {where}: {reason}. Check the network and --data-dir, or "
-            "delete the damaged files and start again"
-        ) from error
+        raise DataError(f"cannot read or download {where}: {reason}. Check the network and "
+                        "--data-dir, or delete the damaged files and start again") from error
     images = torch.as_tensor(data.data)
     if name == "cifar10":
         images = images.permute(0, 3, 1, 2).contiguous()
     elif images.dim() == 3:
         images = images[:, None]
     labels = torch.as_tensor(data.labels if name == "svhn" else data.targets).long()
-    expected = dict(zip(("train", "test"), counts, strict=True)).get(split)
-    if len(images) != len(labels) or expected not in (None, len(images)):
-        raise DataError(
-            f"{where} has {len(images)} images and {len(labels)} labels, not {expected}: "
-            "delete its files and start again to download them anew"
-        )
+    if len(images) != len(labels) or len(images) != counts[split]:
+        raise DataError(f"{where} has {len(images)} images and {len(labels)} labels, not "
+                        f"{counts[split]}: delete its files and start again to download them anew")
     return images, labels
 
 
 def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
-    import numpy as np
     from PIL import Image
     from torchvision.datasets import ImageFolder
 
@@ -108,24 +95,23 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
         raise DataError(f"{root / split} is not a folder: images belong in {root}/train/CLASS/ and "
                         f"{root}/test/CLASS/ (--data-dir {root})")
     try:
-        found = ImageFolder(root / split)
-        classes = found.classes if split == "train" else ImageFolder(root / "train").classes
-    except (FileNotFoundError, OSError) as error:  # no classes, or a class without images
-        raise DataError(f"{root / split}: {str(error).splitlines()[0]}") from error
-    if found.classes != classes:
-        raise DataError(f"{root}: train has the classes {', '.join(classes)}, {split} has "
+        found, train = ImageFolder(root / split), ImageFolder(root / "train")
+    except OSError as error:  # no classes, or a class without images
+        raise DataError(f"{root}: {str(error).splitlines()[0]}") from error
+    if found.classes != train.classes:
+        raise DataError(f"{root}: train has the classes {', '.join(train.classes)}, {split} has "
                         f"{', '.join(found.classes)}; they have to be the same")
     images = torch.empty(len(found), channels, height, width, dtype=torch.uint8)
-    for i, (path, _) in enumerate(found.samples):
+    for image, (path, _) in zip(images, found.samples, strict=True):
         try:
             with Image.open(path) as picture:
                 if picture.mode[0] in "IF":  # Pillow would clip it to 255
                     raise ValueError("more than 8 bits a pixel")
                 picture = picture.convert("L" if channels == 1 else "RGB")
-                pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+                pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read ({error}): replace or delete it") from error
-        images[i] = torch.tensor(pixels).reshape(height, width, channels).permute(2, 0, 1)
+        image.copy_(torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1))
     return images, torch.tensor(found.targets)
 
 
@@ -154,7 +140,6 @@ def glyphs(split: str) -> tuple[Tensor, Tensor]:
     Control points are jittered, joined by cubic splines, slanted, turned, scaled, shifted, and
     inked with a pen of random width. Callers share the tensors and do not write to them.
     """
-    import numpy as np
     from PIL import Image, ImageDraw
     from scipy.interpolate import CubicSpline
 

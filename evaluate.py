@@ -1,6 +1,5 @@
-"""1-NN, probe, AUROC, export and pictures: functions on tensors, images uint8 unless said."""
+"""1-NN, probe, AUROC and pictures: functions on tensors, images uint8 unless said."""
 
-import colorsys
 import io
 from contextlib import contextmanager
 
@@ -13,11 +12,8 @@ from data import normalise
 @torch.no_grad()
 def in_batches(function, images: Tensor, device, size: int = 1000) -> Tensor:
     """`function` of normalised uint8 images (N, C, H, W), a batch at a time -> (N, ...)."""
-    outputs = []
-    for part in images.split(size):
-        x = normalise(part.to(device)).contiguous(memory_format=torch.channels_last)
-        outputs.append(function(x))
-    return torch.cat(outputs)
+    parts = (normalise(part.to(device)) for part in images.split(size))
+    return torch.cat([function(x.contiguous(memory_format=torch.channels_last)) for x in parts])
 
 
 @contextmanager
@@ -28,30 +24,6 @@ def seeded(seed: int, device):
         yield
 
 
-def drawn(model, count: int, seed: int) -> Tensor | None:
-    """`count` images of the model's generator, None without one; it goes on as it was."""
-    if not hasattr(model, "generate"):
-        return None
-    with seeded(seed, next(model.parameters()).device), torch.no_grad():
-        images = model.eval().generate(count)
-    model.train()
-    return images
-
-
-def describe(model, images: Tensor, device) -> dict:
-    """What `export` writes, NumPy arrays: mean (N, D), and the model's std (N, D) and energy (N,).
-
-    `mean` is `represent`; std is the posterior's, or absent; energy absent where there is none.
-    """
-    columns = {"mean": model.represent}
-    if hasattr(model, "posterior"):
-        columns["std"] = lambda x: model.posterior(x).variance.sqrt()
-    if hasattr(model, "energy"):
-        columns["energy"] = model.energy
-    with seeded(0, device):
-        return {k: in_batches(f, images, device).cpu().numpy() for k, f in columns.items()}
-
-
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     """Index (M,) of the training vector (N, D) nearest to each test vector (M, D) in L2.
 
@@ -59,9 +31,8 @@ def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     the lowest index, and to 1e-15 of the largest |a|^2 else.
     """
     test = test.double()
-    least = torch.full_like(test[:, 0], torch.inf)
-    index = torch.zeros_like(least, dtype=torch.long)
-    size = max(1, floats // len(test))
+    least, index = torch.full_like(test[:, 0], torch.inf), torch.zeros(len(test), dtype=torch.long)
+    index, size = index.to(test.device), max(1, floats // len(test))
     for i, part in enumerate(train.split(size)):
         a = part.double()
         value, row = torch.addmm(a.square().sum(1), test, a.T, alpha=-2).min(1)
@@ -122,8 +93,8 @@ def density_scores(model, images: Tensor, device) -> dict[str, Tensor]:
         return -torch.stack([energy.detach(), gradient.flatten(1).norm(dim=1)], 1)
 
     with seeded(0, device):
-        return dict(zip(("logp", "gradient"), in_batches(scores, images, device, 500).T,
-                        strict=True))
+        logp, gradient = in_batches(scores, images, device, 500).T
+    return {"logp": logp, "gradient": gradient}
 
 
 def plane(latents: Tensor) -> tuple[Tensor, str]:
@@ -134,11 +105,6 @@ def plane(latents: Tensor) -> tuple[Tensor, str]:
         u, scale, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
         return (u * scale)[:, :2], "PCA"
     return torch.tensor(umap.UMAP(random_state=0).fit_transform(latents.numpy())), "UMAP"
-
-
-def confusion(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Counts (classes, classes), rows true, columns predicted."""
-    return torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
 def table(rows: list[dict], markdown: bool = False) -> str:
@@ -170,23 +136,24 @@ def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     return png(Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy()))
 
 
-def confusion_png(counts: list[list[int]], names: list[str], cell: int = 44) -> bytes:
-    """The confusion matrix as a picture, rows true and columns predicted, shaded by row share."""
+def confusion_png(counts: Tensor, names: list[str], cell: int = 44) -> bytes:
+    """Counts (K, K), rows true and columns predicted, as a picture shaded by share of the row."""
     from PIL import Image, ImageDraw
 
     margin, size = 90, cell * len(names)
-    picture = Image.new("RGB", (margin + size, margin + size), "white")
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    shades = Image.fromarray((255 - 255 * share).byte().numpy())
+    picture = Image.new("L", (margin + size, margin + size), 255)
+    picture.paste(shades.resize((size, size), Image.Resampling.NEAREST), (margin, margin))
     draw = ImageDraw.Draw(picture)
-    for i, row in enumerate(counts):
-        draw.text((4, margin + i * cell + cell // 3), names[i][:14], fill="black")
-        draw.text((margin + i * cell + 3, margin - 14 - 12 * (i % 2)), names[i][:14], fill="black")
-        for j, count in enumerate(row):
-            shade = 255 - round(255 * count / max(1, sum(row)))
-            left, top = margin + j * cell, margin + i * cell
-            draw.rectangle((left, top, left + cell, top + cell), fill=(shade, shade, 255))
-            ink = "white" if shade < 128 else "black"
-            draw.text((left + 6, top + cell // 3), str(count), fill=ink)
-    draw.text((4, 4), "rows: true class, columns: predicted", fill="black")
+    draw.text((4, 4), "rows: true class, columns: predicted", fill=0)
+    for i, name in enumerate(names):
+        place = margin + i * cell
+        draw.text((4, place + cell // 3), name[:14], fill=0)
+        draw.text((place + 3, margin - 14 - 12 * (i % 2)), name[:14], fill=0)
+        for j, count in enumerate(counts[i].tolist()):
+            ink = 255 if share[i, j] > 0.5 else 0
+            draw.text((margin + j * cell + 6, place + cell // 3), str(count), fill=ink)
     return png(picture)
 
 
@@ -196,8 +163,7 @@ def map_png(points: Tensor, labels: Tensor, names: list[str], title: str, side: 
 
     low, high = (torch.quantile(points.double(), q, dim=0) for q in (0.002, 0.998))
     places = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).mul(side - 40).add(20)
-    hues = [colorsys.hsv_to_rgb(k / len(names), 0.8, 0.9 - k % 2 / 3) for k in range(len(names))]
-    colours = [tuple(round(255 * c) for c in hue) for hue in hues]
+    colours = [f"hsv({360 * k // len(names)}, 85%, {90 - k % 2 * 35}%)" for k in range(len(names))]
     picture = Image.new("RGB", (side + 120, side + 30), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((20, 8), title, fill="black")

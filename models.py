@@ -3,7 +3,8 @@
 Each is an unnormalised density p(x) proportional to exp(-E(x)): low energy is likely, chains
 descend E. Natural parameters `lam` and statistics `t` are tensors (..., S, D), S statistics for
 each of D latent dimensions, so that a posterior's parameters are `lam + t(x)`. Shapes: images x
-(B, C, H, W) in [-1, 1], latents z (B, D), labels y (B,), energies (B,), at least float32.
+(B, C, H, W) in [-1, 1], latents z (B, D), labels y (B,), energies (B,), at least float32. A `loss`
+is a scalar and its parts for the log; `chain` says how its `chains` move, None that it has none.
 """
 
 import math
@@ -55,14 +56,13 @@ def in_float32(head: nn.Module, features: Tensor) -> Tensor:
 
 def normal(mean: Tensor, std: Tensor) -> td.Independent:
     """A diagonal Gaussian, event (D,). Not validated: a NaN is for the training loop to see."""
-    return td.Independent(td.Normal(mean, std, validate_args=False), 1, validate_args=False)
+    return td.Independent(td.Normal(mean, std, validate_args=False), 1)
 
 
 class Network(nn.Module):
     """Convolutions of Tables 5 to 8, then fully connected `heads` side by side, in float32.
 
-    A head is the widths of its layers. 28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a
-    side. Energies are made of the outputs, so these are float32 whatever the autocast.
+    28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a side. A head: its layers' widths.
     """
 
     def __init__(self, config, image_shape, heads, activation, normalise=False):
@@ -78,7 +78,7 @@ class Network(nn.Module):
         self.heads = nn.ModuleList(linears(*s, activation=activation) for s in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, the heads' outputs)."""
+        """(B, C, H, W) -> (B, outputs)."""
         features = self.trunk(x)
         return torch.cat([in_float32(head, features) for head in self.heads], dim=1)
 
@@ -86,8 +86,8 @@ class Network(nn.Module):
 class Gaussian:
     """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
 
-    Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes: eta (..., D) -> (..., 2, D), the others
-    from (..., 2, D). A is short of `log_base` a dimension, which cancels in every difference.
+    Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes (..., D) of z, (..., 2, D) of eta, lam.
+    A is short of `log_base` a dimension, which cancels in every difference.
     """
 
     log_base, normalised = 0.5 * math.log(2 * math.pi), True
@@ -108,7 +108,7 @@ class Gaussian:
 
 
 class Bernoulli:
-    """eta(z) = z, A(lam) = sum_d softplus(lam), mean sigmoid(lam); (..., D) and (..., 1, D).
+    """eta(z) = z, A(lam) = sum_d softplus(lam), mean sigmoid(lam); S = 1.
 
     As Eq. 29 and 33 have it, E_lam(z) = -<lam, z> without A(lam).
     """
@@ -131,15 +131,15 @@ class Bernoulli:
 class Prior(nn.Module):
     """p_lam(z), a mixture of K members of a family, and its posteriors given statistics t(x).
 
-    K = 1 is E_lam(z) = -<lam, eta(z)> + A(lam): N(0, I), or Bernoulli, learned. K > 1 Gaussians are
-    learned; y is uniform over them and summed out.
+    K = 1: E_lam(z) = -<lam, eta(z)> + A(lam) of N(0, I), or of a learned Bernoulli. K > 1 Gaussians
+    are learned; y is uniform over them and summed out.
     """
 
     def __init__(self, config, family=Gaussian):
         super().__init__()
         self.family, shape = family, (config.components, config.latent)
         if family is Bernoulli:
-            self.theta_z = nn.Parameter(torch.zeros(1, *shape))
+            self.theta_z = nn.Parameter(torch.zeros(1, 1, config.latent))
         elif config.components == 1:
             self.register_buffer("location", torch.zeros(shape))
             self.register_buffer("log_std", torch.zeros(shape))
@@ -155,21 +155,19 @@ class Prior(nn.Module):
         precision = torch.exp(-2 * self.log_std)
         return torch.stack([self.location * precision, -0.5 * precision], dim=1)
 
-    def _log_shares(self, dot: Tensor, lam: Tensor) -> Tensor:
-        """log pi_k + dot_k - A(lam_k), pi_k = 1 / K: (B, K)."""
-        constant = self.family.log_partition(lam) if self.family.normalised else 0
-        return dot - constant - math.log(len(lam))
+    def _log_shares(self, log_weights: Tensor) -> Tensor:
+        """log pi_k + log_weights - A(lam_k), pi_k = 1 / K: (B, K)."""
+        constant = self.family.log_partition(self.lam()) if self.family.normalised else 0
+        return log_weights - constant - math.log(log_weights.shape[1])
 
     def energy(self, z: Tensor) -> Tensor:
         """E_lam(z), -log p_lam(z) where normalised: (B, D) -> (B,)."""
-        lam = self.lam()
-        dot = (lam * self.family.eta(z)[:, None]).sum((-1, -2))  # (B, K)
-        return self.family.log_base * z.shape[-1] - self._log_shares(dot, lam).logsumexp(1)
+        dot = (self.lam() * self.family.eta(z)[:, None]).sum((-1, -2))  # (B, K)
+        return self.family.log_base * z.shape[-1] - self._log_shares(dot).logsumexp(1)
 
     def log_joint(self, t: Tensor) -> Tensor:
         """log p(x, y = k) + const: log pi_k + A(lam_k + t) - A(lam_k), (B, S, D) -> (B, K)."""
-        lam = self.lam()
-        return self._log_shares(self.family.log_partition(lam + t[:, None]), lam)
+        return self._log_shares(self.family.log_partition(self.lam() + t[:, None]))
 
     def posterior(self, t: Tensor) -> td.Distribution:
         """The member, or mixture of members, of parameters lam_k + t: batch (B,), event (D,)."""
@@ -192,29 +190,11 @@ class Prior(nn.Module):
         return normal(self.location[y], self.log_std[y].exp()).rsample()
 
 
-class Statistics(Network):
-    """t_theta(x) of Table 5, with t_2 <= 0 so that posteriors exist.
-
-    `head` is one hidden layer for both statistics ("shared", the table) or one each ("separate").
-    `t2` is -h^2 or -softplus(h) of the network's raw output h.
-    """
-
-    def __init__(self, config, image_shape):
-        outputs = {"shared": [2 * config.latent], "separate": [config.latent] * 2}[config.head]
-        super().__init__(config, image_shape, [(config.hidden, out) for out in outputs], nn.SiLU)
-        self.square = config.t2 == "square"
-
-    def forward(self, x: Tensor) -> tuple[Tensor, float]:
-        """(B, C, H, W) -> (B, 2, D), and no term of x alone."""
-        t1, h = super().forward(x).chunk(2, dim=1)
-        return torch.stack([t1, -h * h if self.square else -F.softplus(h)], dim=1), 0.0
-
-
 class LinearStatistics(nn.Module):
     """Eq. 33: t(x) = [t_x(x)^T theta_xz, <theta_x, t_x(x)>].
 
-    Bernoulli x has t_x(v) = v, v = (x + 1) / 2 (grey pixels enter as chances); Gaussian x has
-    t_x(x) = (x, x^2) with theta_xz = 0 and theta_x = -1 / (2 s^2), fixed, for the square.
+    Bernoulli x: t_x = v = (x + 1) / 2, grey pixels as chances. Gaussian x: t_x = (x, x^2), where
+    theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed for the square.
     """
 
     def __init__(self, config, image_shape):
@@ -226,7 +206,7 @@ class LinearStatistics(nn.Module):
         self.theta_x = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> (B, 1, D) and the term of x alone (B,)."""
+        """(B, C, H, W) -> t (B, 1, D) and the term of x alone (B,)."""
         with torch.autocast(x.device.type, enabled=False):
             x = (x.flatten(1) + 1) / 2 if self.binary else x.flatten(1)
             alone = x @ self.theta_x
@@ -256,28 +236,40 @@ def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str,
 
 
 class Conjugate(nn.Module):
-    """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): CEBM, GMM-CEBM; with linear t, RBM, EFH."""
+    """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): CEBM, GMM-CEBM; with linear t, RBM, EFH.
+
+    `head`: one hidden layer for both statistics ("shared", Table 5) or one each ("separate").
+    """
 
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
-        self.config, linear = config, config.name in ("rbm", "efh")
-        self.chain = "gibbs" if linear else "langevin"
-        self.t = (LinearStatistics if linear else Statistics)(config, image_shape)
-        self.prior = Prior(config, Bernoulli if linear else Gaussian)
+        self.config, self.chain, family = config, "langevin", Gaussian
+        if config.name in ("rbm", "efh"):
+            self.chain, family = "gibbs", Bernoulli
+            self.network = LinearStatistics(config, image_shape)
+        else:
+            outputs = [2 * config.latent] if config.head == "shared" else [config.latent] * 2
+            heads = [(config.hidden, out) for out in outputs]
+            self.network = Network(config, image_shape, heads, nn.SiLU)
+        self.prior = Prior(config, family)
+
+    def t(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Statistics (B, C, H, W) -> (B, S, D), and a term of x alone (B,) (Eq. 33) or 0.
+
+        t_2 <= 0, so that posteriors exist: -h^2 or -softplus(h) of the network's raw output h.
+        """
+        if self.chain == "gibbs":
+            return self.network(x)
+        t1, h = self.network(x).chunk(2, dim=1)
+        return torch.stack([t1, -h * h if self.config.t2 == "square" else -F.softplus(h)], 1), 0.0
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
-        """E(x, z) of Eq. 17 for pairs: (B, C, H, W), (B, D) -> (B,), B broadcast.
-
-        Its x-gradient is that of -log p(x | z), supplement Eq. 41.
-        """
+        """E(x, z): (B, C, H, W), (B, D) -> (B,), B broadcast; its x-gradient is Eq. 41's."""
         t, alone = self.t(x)
         return self.prior.energy(z) - (t * self.prior.family.eta(z)).sum((-1, -2)) - alone
 
     def energy(self, x: Tensor) -> Tensor:
-        """E(x) = -log sum_k pi_k exp(A(lam_k + t(x)) - A(lam_k)): (B, C, H, W) -> (B,).
-
-        z, and a mixture's y, integrated out exactly.
-        """
+        """E(x) = -log sum_k pi_k exp(A(lam_k + t(x)) - A(lam_k)), exact: (B, C, H, W) -> (B,)."""
         t, alone = self.t(x)
         return -self.prior.log_joint(t).logsumexp(1) - alone
 
@@ -295,7 +287,8 @@ class Conjugate(nn.Module):
 
     def gibbs(self, x: Tensor, generator=None) -> Tensor:
         """One sweep, z ~ p(z | x) (Eq. 32), then x ~ p(x | z) (Eq. 31); linear t alone."""
-        return self.t.sample(torch.bernoulli(self.represent(x), generator=generator), generator)
+        z = torch.bernoulli(self.represent(x), generator=generator)
+        return self.network.sample(z, generator)
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Persistent contrastive divergence: scalar, metrics."""
@@ -303,10 +296,11 @@ class Conjugate(nn.Module):
         return contrastive(*energies.split([len(x), len(chains)]), self.config)
 
 
-class IGEBM(nn.Module):
-    """E(x) = f(x), the network of Table 6."""
+class EnergyNetwork(nn.Module):
+    """E(x, y) = -f(x)[y], E(x) = -logsumexp_y f(x)[y]: JEM, HDGE; IGEBM with one output (Table 4).
 
-    loss = Conjugate.loss
+    The network of Table 6. IGEBM's f is minus this one.
+    """
 
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
@@ -320,87 +314,60 @@ class IGEBM(nn.Module):
         return self.features(x)
 
     def f(self, x: Tensor) -> Tensor:
-        """The network's outputs: (B, C, H, W) -> (B, 1 or classes)."""
+        """The network's outputs, a classifier's logits: (B, C, H, W) -> (B, 1 or classes)."""
         return in_float32(self.head, self.features(x))
 
     def energy(self, x: Tensor) -> Tensor:
         """E(x): (B, C, H, W) -> (B,)."""
-        return self.f(x)[:, 0]
-
-
-class Classifier(IGEBM):
-    """JEM and HDGE: E(x, y) = -f(x)[y], a classifier's logits read as energies (Table 4)."""
-
-    def energy(self, x: Tensor) -> Tensor:
-        """E(x) = -logsumexp_y f(x)[y]: (B, C, H, W) -> (B,)."""
         return -self.f(x).logsumexp(1)
 
-    def classify(self, x: Tensor) -> Tensor:
-        """The likeliest label: (B, C, H, W) -> (B,)."""
-        return self.f(x).argmax(1)
-
     def loss(self, x: Tensor, y: Tensor, chains: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy + persistent contrastive divergence on E(x) (JEM).
+        """Contrastive divergence on E(x); of classifiers + the cross-entropy of p(y | x).
 
-        HDGE has no chains: -log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]), j over the batch.
+        HDGE, without chains: -log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]), j over the batch.
         """
         logits = self.f(x if chains is None else torch.cat([x, chains]))
         if chains is None:
-            generative = F.cross_entropy(logits.T[y], torch.arange(len(y), device=y.device))
-            metrics = {"contrast": generative.detach()}
+            loss = F.cross_entropy(logits.T[y], torch.arange(len(y), device=y.device))
+            metrics = {"contrast": loss.detach()}
         else:
             energies = -logits.logsumexp(1)
-            generative, metrics = contrastive(*energies.split([len(x), len(chains)]), self.config)
+            loss, metrics = contrastive(*energies.split([len(x), len(chains)]), self.config)
             logits = logits[: len(x)]
+        if self.config.name == "igebm":
+            return loss, metrics
         metrics["accuracy"] = (logits.argmax(1) == y).float().mean()
-        return F.cross_entropy(logits, y) + generative, metrics
-
-
-class Encoder(Network):
-    """q(z | x) of Tables 7 and 8: (B, C, H, W) -> a diagonal Gaussian, batch (B,), event (D,)."""
-
-    def __init__(self, config, image_shape, activation, normalise=False):
-        heads = [(config.hidden, 2 * config.latent)]
-        super().__init__(config, image_shape, heads, activation, normalise)
-
-    def forward(self, x: Tensor) -> td.Independent:
-        mean, log_variance = super().forward(x).chunk(2, dim=1)
-        return normal(mean, (0.5 * log_variance).exp())
+        return F.cross_entropy(logits, y) + loss, metrics
 
 
 class VAE(nn.Module):
-    """E(x, z) = -log p(x | z) - log p(z) (Table 4), the networks of Table 7; also GMM-VAE.
-
-    The likelihood is on pixels of [0, 1].
-    """
+    """E(x, z) = -log p(x | z) - log p(z) (Table 4), networks of Table 7, pixels in [0, 1] there."""
 
     chain = None
 
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
         self.config, self.prior = config, Prior(config)
-        self.encoder = Encoder(config, image_shape, nn.ReLU)
+        self.encoder = Network(config, image_shape, [(config.hidden, 2 * config.latent)], nn.ReLU)
         side, width = image_shape[1] // 8, config.channels[-1]
         self.decoder = nn.Sequential(
             linears(config.latent, 128, side * side * width, activation=nn.ReLU), nn.ReLU(),
             nn.Unflatten(1, (width, side, side)), upconvolutions(image_shape, width, DECODER))
 
     def posterior(self, x: Tensor) -> td.Independent:
-        """q(z | x), the encoder's approximation: batch (B,), event (D,)."""
-        return self.encoder(x)
+        """q(z | x), the encoder's diagonal Gaussian: batch (B,), event (D,)."""
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        return normal(mean, (0.5 * log_variance).exp())
 
     def represent(self, x: Tensor) -> Tensor:
         """The mean of q(z | x): (B, C, H, W) -> (B, D)."""
-        return self.encoder(x).mean
+        return self.posterior(x).mean
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z): (B, C, H, W), (B, D) -> (B,)."""
-        logits, pixels = wide(self.decoder(z)), (wide(x) + 1) / 2
-        if self.config.likelihood == "bernoulli":
-            log_prob = -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none")
-        else:
-            log_prob = td.ContinuousBernoulli(logits=logits, validate_args=False).log_prob(pixels)
-        return log_prob.flatten(1).sum(1)
+        family = {"bernoulli": td.Bernoulli, "continuous_bernoulli": td.ContinuousBernoulli}
+        p = family[self.config.likelihood](logits=wide(self.decoder(z)), validate_args=False)
+        return p.log_prob((wide(x) + 1) / 2).flatten(1).sum(1)
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
         """E(x, z): (B, C, H, W), (B, D) -> (B,)."""
@@ -412,11 +379,14 @@ class VAE(nn.Module):
             return td.kl_divergence(q, normal(torch.zeros_like(z), torch.ones_like(z)))
         return q.log_prob(z) + self.prior.energy(z)
 
+    def _bound(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.posterior(x)
+        z = q.rsample()
+        return self.divergence(q, z), -self.log_likelihood(x, z)
+
     def energy(self, x: Tensor) -> Tensor:
         """-ELBO(x) by one sample of z, in expectation at least E(x): (B, C, H, W) -> (B,)."""
-        q = self.encoder(x)
-        z = q.rsample()
-        return self.divergence(q, z) - self.log_likelihood(x, z)
+        return sum(self._bound(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """sigmoid of the likelihood's parameters, in [-1, 1]: (B, D) -> (B, C, H, W)."""
@@ -428,9 +398,7 @@ class VAE(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """-ELBO, the batch's mean."""
-        q = self.encoder(x)
-        z = q.rsample()
-        divergence, distortion = self.divergence(q, z).mean(), -self.log_likelihood(x, z).mean()
+        divergence, distortion = (part.mean() for part in self._bound(x))
         metrics = {"distortion": distortion.detach(), "divergence": divergence.detach()}
         return distortion + divergence, metrics
 
@@ -463,7 +431,7 @@ class GAN(nn.Module):
     def __init__(self, config, image_shape, num_classes: int, pairs: bool = False):
         super().__init__()
         self.prior = Prior(config)
-        self.discriminator = Discriminator(config, image_shape, config.latent if pairs else 0)
+        self.discriminator = Discriminator(config, image_shape, config.latent * pairs)
         self.generator = nn.Sequential(
             nn.Unflatten(1, (config.latent, 1, 1)),
             upconvolutions(image_shape, config.latent, GENERATOR, normalise=True), nn.Tanh())
@@ -481,11 +449,8 @@ class GAN(nn.Module):
         return wide(self.generator(z))
 
     def play(self, real: tuple, fake: tuple) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both players' losses, summed; each has gradients for its own parameters alone.
-
-        The discriminator sees detached pairs; the others see a discriminator of detached weights.
-        """
-        judge, d = self.discriminator, dict(self.discriminator.state_dict())  # state_dict detaches
+        """Both players' losses, summed; each has gradients for its own parameters alone."""
+        judge, d = self.discriminator, self.discriminator.state_dict()  # detached weights
         on_real, on_fake = (judge(*(v.detach() for v in pair)) for pair in (real, fake))
         judging = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
         making = F.softplus(-torch.func.functional_call(judge, d, fake)).mean()
@@ -507,19 +472,18 @@ class BiGAN(GAN):
 
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__(config, image_shape, num_classes, pairs=True)
-        self.encoder = Encoder(config, image_shape, nn.LeakyReLU, normalise=True)
+        heads = [(config.hidden, 2 * config.latent)]
+        self.encoder = Network(config, image_shape, heads, nn.LeakyReLU, normalise=True)
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """The non-saturating game of G and E against D."""
         z = self.prior.sample(len(x))
-        return self.play((x, self.encoder(x).rsample()), (self.decode(z), z))
-
-
-MODELS = {"cebm": Conjugate, "gmm-cebm": Conjugate, "igebm": IGEBM, "vae": VAE, "gmm-vae": VAE,
-          "bigan": BiGAN, "gmm-bigan": BiGAN, "gan": GAN, "jem": Classifier,
-          "hdge": Classifier, "rbm": Conjugate, "efh": Conjugate}
+        return self.play((x, self.posterior(x).rsample()), (self.decode(z), z))
 
 
 def build(config, image_shape, num_classes: int) -> nn.Module:
     """The model that `config` (the `model` section) names, for images of shape (C, H, W)."""
-    return MODELS[config.name](config, image_shape, num_classes)
+    kinds = {"cebm": Conjugate, "gmm-cebm": Conjugate, "rbm": Conjugate, "efh": Conjugate,
+             "igebm": EnergyNetwork, "jem": EnergyNetwork, "hdge": EnergyNetwork, "vae": VAE,
+             "gmm-vae": VAE, "gan": GAN, "bigan": BiGAN, "gmm-bigan": BiGAN}
+    return kinds[config.name](config, image_shape, num_classes)

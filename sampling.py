@@ -5,21 +5,13 @@ memory and, where the hardware has it, bfloat16. Chains are images (B, C, H, W) 
 """
 
 import ctypes
-from collections.abc import Callable
 from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 
-def langevin(
-    energy: Callable[[Tensor], Tensor],
-    x: Tensor,
-    steps: int,
-    step_size: float,
-    noise_std: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:
+def langevin(energy, x: Tensor, steps: int, step_size: float, noise_std: float, generator=None):
     """x <- x - step_size dE/dx + noise_std N(0, I), `steps` times: (B, ...) -> (B, ...)."""
     for _ in range(steps):
         x = x.detach().requires_grad_(True)
@@ -48,24 +40,23 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
 
 
-def fast_langevin(module: nn.Module, energy, x: Tensor, bfloat16: bool = False, **chain) -> Tensor:
+def fast_langevin(module: nn.Module, energy, x: Tensor, *chain, bfloat16: bool = False) -> Tensor:
     """`langevin` on `energy`, a function of `module`'s parameters; equal to it up to rounding."""
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last)
     needing = [p.requires_grad_(False) for p in module.parameters() if p.requires_grad]
-    try:  # chains differentiate by their state only
+    try:  # chains differentiate by pixels only
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-            return langevin(energy, x, **chain).contiguous()
+            return langevin(energy, x, *chain).contiguous()
     finally:
         for p in needing:
             p.requires_grad_(True)
 
 
-def advance(model, x: Tensor, steps: int, generator, energy=None, bfloat16=False, **settings):
-    """Chains (B, ...) `steps` on: block Gibbs if the model can, else Langevin on `energy` or E."""
+def advance(model, energy, x, steps, step_size, noise_std, generator, bfloat16=False) -> Tensor:
+    """Chains (B, C, H, W) `steps` on: Langevin on `energy`, or the model's block Gibbs sweeps."""
     if model.chain != "gibbs":
-        chain = {"steps": steps, "generator": generator, **settings}
-        return fast_langevin(model, energy or model.energy, x, bfloat16, **chain)
+        chain = steps, step_size, noise_std, generator
+        return fast_langevin(model, energy, x, *chain, bfloat16=bfloat16)
     with torch.no_grad():
         for _ in range(steps):
             x = model.gibbs(x, generator)
@@ -77,21 +68,21 @@ class ReplayBuffer:
 
     def __init__(self, size: int, image_shape, reuse: float, generator: torch.Generator):
         self.reuse, self.generator = reuse, generator
-        self.images = self._uniform(size, *image_shape)  # (size, C, H, W)
-
-    def _uniform(self, *shape: int) -> Tensor:
-        device = self.generator.device
-        return torch.rand(shape, generator=self.generator, device=device).mul_(2).sub_(1)
+        self.images = uniform((size, *image_shape), generator)  # (size, C, H, W)
 
     def draw(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` distinct slots (count,) and their chains, restarted with chance 1 - reuse."""
-        device = self.generator.device
-        order = torch.randperm(len(self.images), generator=self.generator, device=device)
-        slots = order[:count]
-        restart = torch.rand(count, generator=self.generator, device=device) >= self.reuse
-        fresh = self._uniform(count, *self.images.shape[1:])
-        return slots, torch.where(restart[:, None, None, None], fresh, self.images[slots])
+        at = {"generator": self.generator, "device": self.generator.device}
+        slots = torch.randperm(len(self.images), **at)[:count]
+        restart = torch.rand((count, 1, 1, 1), **at) >= self.reuse
+        fresh = uniform((count, *self.images.shape[1:]), self.generator)
+        return slots, torch.where(restart, fresh, self.images[slots])
 
     def put(self, slots: Tensor, chains: Tensor) -> None:
         """Writes chains (count, C, H, W) back to the slots that they were drawn from."""
         self.images[slots] = chains
+
+
+def uniform(shape, generator: torch.Generator) -> Tensor:
+    """Noise on [-1, 1], where chains start."""
+    return torch.rand(shape, generator=generator, device=generator.device).mul_(2).sub_(1)
