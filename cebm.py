@@ -20,6 +20,7 @@ from pathlib import Path
 
 import click
 import yaml
+from click import ClickException as Failure  # one message on stderr, exit status 1
 
 
 class Lazy:
@@ -45,10 +46,6 @@ COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
 SECTIONS = {name: make_dataclass(name.title(), {k: type(v) for k, v in values.items()}, frozen=True)
             for name, values in COMMON.items()}
 Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
-
-
-class Failure(click.ClickException):
-    """Ends a command with one message on stderr and exit status 1."""
 
 
 def _nearest(word, known) -> str:
@@ -113,9 +110,8 @@ def compose(preset: str, settings=()) -> Config:
         key, equals, text = setting.partition("=")
         matches = [k for k in full if key in (k, k.split(".")[1])]
         if not equals or len(matches) != 1:
-            why = f"could be {' or '.join(matches)}" if matches else (
-                f"is no key{_nearest(key, full)}")
-            why = why if equals else "is not KEY=VALUE"
+            why = "is not KEY=VALUE" if not equals else f"is no key{_nearest(key, full)}"
+            why = f"could be {' or '.join(matches)}" if len(matches) > 1 else why
             raise click.UsageError(f"--set {setting}: {key!r} {why}")
         try:
             chosen[matches[0]] = yaml.safe_load(text)
@@ -167,20 +163,16 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def load_checkpoint(path) -> dict:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
+    kinds = {"format": int, "config": dict, "model": dict, "updates": int}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise Failure(f"cannot read {path}: {error.strerror or error}") from error
+        if state["format"] == FORMAT and all(type(state[k]) is kind for k, kind in kinds.items()):
+            return state
+        reason = f"its format is {state['format']}"
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
-        raise Failure(f"{path} is no checkpoint of this program, or it is damaged; nothing of it "
-                      "was used. Train again, or take another copy") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
-        raise Failure(f"{path} is no checkpoint of format {FORMAT} (found: {found})")
-    parts = {"config": dict, "model": dict, "updates": int}
-    if lacking := [k for k, kind in parts.items() if not isinstance(state.get(k), kind)]:
-        raise Failure(f"{path} is no whole checkpoint: it lacks {', '.join(lacking)}")
-    return state
+        reason = repr(error)[:100].partition("\\n")[0]
+    raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}); nothing of it was "
+                  "used. Train again, or take another copy")
 
 
 def load_model(path, device="cpu"):
@@ -203,16 +195,13 @@ def new_model(config, device):
     return model.to(device, memory_format=torch.channels_last)
 
 
-def load_images(config, split: str, data_dir: str, other: str = ""):
-    """uint8 images and labels of the data that `config` names, or of `other` data."""
-    name, shape, extra = other or config.data.name, config.data.image, config.data.extra
-    try:
-        images, labels = data.load(name, split, data_dir, shape, extra)
-    except data.DataError as error:
-        raise Failure(str(error)) from error
-    if not other and (found := int(labels.max()) + 1) != config.data.classes:
-        raise Failure(f"{name} has {found} classes, the configuration says {config.data.classes}: "
-                      f"--set classes={found}")
+def load_images(config, split: str, data_dir: str):
+    """uint8 images and labels of the data that `config` names."""
+    c = config.data
+    images, labels = data.load(c.name, split, data_dir, c.image, c.extra)
+    if (found := int(labels.max()) + 1) != c.classes:
+        raise Failure(f"{c.name} has {found} classes, the configuration says {c.classes}: --set "
+                      f"classes={found}")
     return images, labels
 
 
@@ -358,10 +347,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
             last, stop = update == settings.updates, bool(interrupted)
             if update % settings.log_every == 0 or last:
                 spent = time.monotonic() - started
-                log_row(log, bar, {
-                    "update": update, "loss": loss.item(),
-                    **{k: v.item() for k, v in metrics.items()}, "seconds": round(seconds + spent, 1),
-                    "updates_per_second": round((update - done) / spent, 3)})
+                values = {k: v.item() for k, v in {"loss": loss, **metrics}.items()}
+                log_row(log, bar, {"update": update, **values, "seconds": round(seconds + spent, 1),
+                                   "updates_per_second": round((update - done) / spent, 3)})
             if picture_every and (update % picture_every == 0 or last):
                 picture = folder / "samples" / f"{update:07d}.png"
                 if buffer:
@@ -412,30 +400,37 @@ def out_option(flag: str, default=None, text: str = ""):
                         show_default=default is not None)
 
 
-def tabular(command):
-    """Options of the commands that print a table: checkpoints, its form, data, device."""
+def table_command(figures):
+    """Makes `figures(model, config, train, test, data_dir, device, **options)` a command.
+
+    It prints a row a checkpoint, with the dictionary that `figures` returns of the model and of the
+    sets (images, labels); lists in it go to JSON, "confusion" also below the table.
+    """
+    def command(checkpoints, form, data_dir, device, **options):
+        rows = []
+        for path in checkpoints:
+            model, config, state = load_model(path, device)
+            sets = [load_images(config, split, data_dir) for split in ("train", "test")]
+            rows.append({"checkpoint": path, "model": config.model.name, "data": config.data.name,
+                         "updates": state["updates"],
+                         **figures(model, config, *sets, data_dir, device, **options)})
+        shown = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
+        click.echo(json.dumps(rows) if form == "json" else evaluate.table(shown, bool(form)))
+        for row in (r for r in rows if "confusion" in r and form is None):
+            names = data.class_names(row["data"], data_dir, len(row["confusion"]))
+            counts = [{"true": name, **dict(zip(names, line, strict=True))}
+                      for name, line in zip(names, row["confusion"], strict=True)]
+            click.echo(f"\n{row['checkpoint']}, columns predicted:\n{evaluate.table(counts)}")
+
+    command.__doc__, command.__click_params__ = figures.__doc__, getattr(
+        figures, "__click_params__", [])
     for option in (DEVICE, DATA_DIR,
                    click.option("--markdown", "form", flag_value="markdown", help="For a README."),
                    click.option("--json", "form", flag_value="json", help="For a program."),
                    click.argument("checkpoints", type=FILE, nargs=-1, required=True,
                                   metavar="CKPT...")):
         command = option(command)
-    return command
-
-
-def tabulate(checkpoints, form, data_dir: str, device, figures) -> None:
-    """Prints a row a checkpoint with `figures(model, config, (images, labels) of train, of test)`.
-
-    A figure that is a list goes to JSON alone.
-    """
-    rows = []
-    for path in checkpoints:
-        model, config, state = load_model(path, device)
-        sets = [load_images(config, split, data_dir) for split in ("train", "test")]
-        rows.append({"checkpoint": path, "model": config.model.name, "data": config.data.name,
-                     "updates": state["updates"], **figures(model, config, *sets)})
-    shown = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
-    click.echo(json.dumps(rows) if form == "json" else evaluate.table(shown, form == "markdown"))
+    return main.command(figures.__name__)(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -527,11 +522,10 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     click.echo(out)
 
 
-@main.command()
-@tabular
+@table_command
 @click.option("--limit", type=click.IntRange(1), help="Only the first N training images.")
 @out_option("--plot", text="The last CKPT's confusion matrix as a PNG.")
-def knn(checkpoints, limit, plot, form, data_dir, device):
+def knn(model, config, train, test, data_dir, device, limit, plot):
     """Exact 1-nearest-neighbour test accuracy (supplement E.1), in percent.
 
     In latent space, in that of the same network untrained, and in pixel space; of a classifier also
@@ -539,79 +533,62 @@ def knn(checkpoints, limit, plot, form, data_dir, device):
 
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
-    matrices = []
-
-    def figures(model, config, train, test):
-        row, untrained = {}, new_model(config, device).eval()
-        names = data.class_names(config.data.name, data_dir, config.data.classes)
-        spaces = {"latent": model.represent, "untrained": untrained.represent,
-                  "pixel": lambda x: x.flatten(1)}
-        for space, represent in spaces.items():
-            a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
-            predicted = train[1][evaluate.nearest(a, b).cpu()]
-            counts = torch.zeros(len(names), len(names), dtype=torch.long)
-            counts.index_put_((test[1], predicted), torch.tensor(1), accumulate=True)
-            row[space] = round(100 * counts.diag().sum().item() / len(test[1]), 2)
-            row.setdefault("confusion", counts.tolist())
-        if config.model.name in ("jem", "hdge"):
-            right = evaluate.in_batches(model.f, test[0], device).argmax(1).cpu() == test[1]
-            row["accuracy"] = round(100 * right.double().mean().item(), 2)
-        matrices.append((torch.tensor(row["confusion"]), names))
-        return row
-
-    tabulate(checkpoints, form, data_dir, device, figures)
-    for path, (counts, names) in zip(checkpoints * (form is None), matrices, strict=False):
-        rows = [{"true": name, **dict(zip(names, row.tolist(), strict=True))}
-                for name, row in zip(names, counts, strict=True)]
-        click.echo(f"\n{path}, columns predicted:\n{evaluate.table(rows)}")
-    if plot:
-        write_whole(Path(plot), evaluate.confusion_png(*matrices[-1]))
+    row, untrained, classes = {}, new_model(config, device).eval(), config.data.classes
+    spaces = {"latent": model.represent, "untrained": untrained.represent,
+              "pixel": lambda x: x.flatten(1)}
+    for space, represent in spaces.items():
+        a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
+        predicted = train[1][evaluate.nearest(a, b).cpu()]
+        counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
+        counts = counts.view(classes, classes)
+        row[space] = round(100 * counts.diag().sum().item() / len(test[1]), 2)
+        if space == "latent":
+            row["confusion"] = counts.tolist()
+            names = data.class_names(config.data.name, data_dir, classes)
+            if plot:
+                write_whole(Path(plot), evaluate.confusion_png(counts, names))
+    if config.model.name in ("jem", "hdge"):
+        right = evaluate.in_batches(model.f, test[0], device).argmax(1).cpu() == test[1]
+        row["accuracy"] = round(100 * right.double().mean().item(), 2)
+    return row
 
 
-@main.command()
-@tabular
-def probe(checkpoints, form, data_dir, device):
+@table_command
+def probe(model, config, train, test, data_dir, device):
     """Test accuracy of logistic regression on the latents, in percent.
 
     With 1, 10, 100 and all labels a class; the mean and deviation of ten draws of the labels.
 
     Example: python cebm.py probe runs/quickstart/ckpt.pt
     """
-    def figures(model, config, train, test):
-        a, b = (evaluate.in_batches(model.represent, s[0], device).cpu() for s in (train, test))
-        scores = {n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
-                  for n in (1, 10, 100, None)}
-        return {f"{n or 'all'}{what}": round(score, 2) for n, pair in scores.items()
-                for what, score in zip(("", " std"), pair, strict=True)}
-
-    tabulate(checkpoints, form, data_dir, device, figures)
+    a, b = (evaluate.in_batches(model.represent, s[0], device).cpu() for s in (train, test))
+    scores = {n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
+              for n in (1, 10, 100, None)}
+    return {f"{n or 'all'}{what}": round(score, 2) for n, pair in scores.items()
+            for what, score in zip(("", " std"), pair, strict=True)}
 
 
-@main.command()
-@tabular
+@table_command
 @click.option("--against", multiple=True, metavar="DATA", type=click.Choice(LIMITS["data"]["name"]),
               help="Another data set; may be repeated. Uniform noise and constant images always.")
-def ood(checkpoints, against, form, data_dir, device):
+def ood(model, config, train, test, data_dir, device, against):
     """AUROC of telling the test set from other data, in percent.
 
     By log p(x) up to a constant, that is -E(x) or a VAE's ELBO, and by minus its gradient's norm.
 
     Example: python cebm.py ood runs/cebm-fmnist/ckpt.pt --against mnist
     """
-    def figures(model, config, train, test):
-        if not hasattr(model, "energy"):
-            raise Failure(f"{config.model.name} has no density of images to score with")
-        images, generator = test[0], torch.Generator().manual_seed(0)
-        level = torch.randint(256, (len(images), 1, 1, 1), generator=generator)
-        others = {name: load_images(config, "test", data_dir, name)[0] for name in against}
-        others["uniform"] = torch.randint(256, images.shape, generator=generator).byte()
-        others["constant"] = level.expand(images.shape).byte()
-        inside = evaluate.density_scores(model, images, device)
-        outside = {k: evaluate.density_scores(model, other, device) for k, other in others.items()}
-        return {f"{name} {k}": round(evaluate.auroc(inside[k], scores[k]), 2)
-                for name, scores in outside.items() for k in inside}
-
-    tabulate(checkpoints, form, data_dir, device, figures)
+    if not hasattr(model, "energy"):
+        raise Failure(f"{config.model.name} has no density of images to score with")
+    images, generator = test[0], torch.Generator().manual_seed(0)
+    level = torch.randint(256, (len(images), 1, 1, 1), generator=generator)
+    others = {name: data.load(name, "test", data_dir, config.data.image)[0] for name in against}
+    others["uniform"] = torch.randint(256, images.shape, generator=generator).byte()
+    others["constant"] = level.expand(images.shape).byte()
+    inside = evaluate.density_scores(model, images, device)
+    outside = {k: evaluate.density_scores(model, other, device) for k, other in others.items()}
+    return {f"{name} {k}": round(evaluate.auroc(inside[k], scores[k]), 2)
+            for name, scores in outside.items() for k in inside}
 
 
 @main.command()

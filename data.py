@@ -7,8 +7,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 # torchvision's class, and the images of each split
@@ -20,7 +22,7 @@ CLASSES = {"fmnist": "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker B
            "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
 
 
-class DataError(Exception):
+class DataError(click.ClickException):
     """Data that is absent, damaged or of the wrong shape; the message says what to do."""
 
 
@@ -115,39 +117,22 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
     return images, torch.tensor(found.targets)
 
 
-# Ways to write each digit: x y pairs on a 100 x 100 sheet, y downwards, "|" lifts the pen.
-STROKES = [
-    ["50 10 27 25 20 50 27 77 50 90 73 77 80 50 72 23 50 10"],
-    ["50 10 50 36 50 63 50 90", "34 30 52 10 51 50 50 90", "34 28 52 10 50 90 | 30 90 50 90 70 90"],
-    ["24 30 35 13 58 10 75 27 62 50 40 72 22 90 50 88 80 90",
-     "24 28 50 10 74 28 58 58 32 84 24 80 34 74 56 88 80 84"],
-    ["24 18 50 10 73 24 64 42 44 48 68 55 77 73 52 91 22 82"],
-    ["60 10 40 36 20 62 50 62 82 60 | 64 38 62 65 60 92",
-     "25 10 24 50 48 54 74 50 | 74 10 73 50 70 92"],
-    ["76 12 36 12 32 46 56 42 77 60 68 85 42 92 22 82"],
-    ["66 10 40 30 25 60 35 87 60 89 74 70 57 53 30 64"],
-    ["20 14 50 13 80 12 62 45 45 90", "20 14 50 13 80 12 62 45 45 90 | 36 50 54 50 72 48"],
-    ["50 48 28 30 50 10 72 28 50 48 25 70 50 92 76 70 50 48"],
-    ["72 30 50 11 29 28 45 49 70 38 72 30 69 60 60 92",
-     "72 30 50 11 29 28 45 49 72 30 71 60 70 92"],
-]
-
-
 @cache
 def glyphs(split: str) -> tuple[Tensor, Tensor]:
     """The embedded set: 10,000 training and 2,000 test digits (1, 28, 28), drawn from a fixed seed.
 
-    Control points are jittered, joined by cubic splines, slanted, turned, scaled, shifted, and
-    inked with a pen of random width. Callers share the tensors and do not write to them.
+    The strokes of configs.yaml are jittered, joined by cubic splines, slanted, turned, scaled,
+    shifted, and inked with a pen of random width. Callers share the tensors, read-only.
     """
     from PIL import Image, ImageDraw
     from scipy.interpolate import CubicSpline
 
+    book = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
     random, scale = np.random.default_rng(seed), 4  # drawn four times as large
     labels, images = np.arange(count) % 10, np.empty((count, 1, 28, 28), np.uint8)
     for i in range(count):
-        ways = STROKES[labels[i]]
+        ways = book["strokes"][labels[i]]
         slant, turn = random.uniform(-0.5, 0.5), random.uniform(-0.2, 0.2)
         size = random.uniform(15, 22) * random.uniform(0.75, 1, 2)  # width, height in pixels
         shear = np.array([[1, turn], [-slant - turn, 1]])
