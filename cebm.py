@@ -4,6 +4,7 @@ The commands, the configuration, checkpoints and the training loop.
 """
 
 import difflib
+import errno
 import fcntl
 import importlib
 import io
@@ -16,6 +17,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, make_dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -46,6 +48,7 @@ COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
 SECTIONS = {name: make_dataclass(name.title(), {k: type(v) for k, v in values.items()}, frozen=True)
             for name, values in COMMON.items()}
 Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
+as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
 
 
 def _nearest(word, known) -> str:
@@ -56,7 +59,7 @@ def _nearest(word, known) -> str:
 def _checked(key: str, value, like, limit):
     """`value` with the type of `like` and within `limit`, or a usage error that names them."""
     if isinstance(like, list) and isinstance(value, (list, tuple)) and len(value) == len(like):
-        return tuple(_checked(key, v, like[0], limit) for v in value)
+        return [_checked(key, v, like[0], limit) for v in value]
     if isinstance(like, float) and type(value) in (int, str):
         with suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 1e-4, without a dot, as a word
@@ -75,18 +78,17 @@ def parse_config(tree) -> Config:
     for where, found, known in parts:
         if not isinstance(found, dict):
             raise click.UsageError(f"{where or 'the configuration'} has to be a section of keys")
-        for key in (k for k in found if k not in known):
-            raise click.UsageError(f"unknown key {where}{key}{_nearest(key, known)}")
-        if missing := [where + key for key in known if key not in found]:
-            raise click.UsageError(f"missing from the configuration: {', '.join(missing)}")
+        for key in set(found) ^ set(known):
+            wrong = f"unknown key {where}{key}{_nearest(key, known)}"
+            raise click.UsageError(wrong if key in found else f"key {where}{key} is missing")
         if not where:
             parts += [(f"{name}.", found[name], values) for name, values in COMMON.items()]
     config = Config(**{name: section(**{
         key: _checked(f"{name}.{key}", tree[name][key], like, LIMITS[name][key])
         for key, like in COMMON[name].items()}) for name, section in SECTIONS.items()})
-    name, image, size = config.model.name, list(config.data.image), config.data.image[1:]
+    name, image = config.model.name, config.data.image
     draws = name.endswith(("vae", "gan"))
-    if min(size) < 8 or (draws and size not in ((28, 28), (32, 32))):
+    if min(image[1:]) < 8 or (draws and image[1:] not in ([28, 28], [32, 32])):
         wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
         raise click.UsageError(f"data.image = {image}: {name} is for images of {wanted} pixels")
     if config.train.batch > config.chains.buffer:
@@ -134,15 +136,6 @@ def compose(preset: str, settings=()) -> Config:
     return parse_config(tree)
 
 
-def plain(config: Config) -> dict:
-    """The configuration as dictionaries, lists, numbers and words, for YAML and checkpoints."""
-    return json.loads(json.dumps(asdict(config)))
-
-
-def as_yaml(tree: dict) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` so that a crash at any instant leaves the old file or the new one, whole."""
     draft = path.with_name(path.name + ".part")
@@ -157,8 +150,7 @@ def write_whole(path: Path, content: bytes) -> None:
         os.close(folder)
     except OSError as error:
         draft.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}: {error.strerror}. What was there before is intact; "
-                      "make room or choose another folder with --out") from error
+        raise Failure(f"cannot write {path}: {error.strerror}; what was there is intact") from error
 
 
 def load_checkpoint(path) -> dict:
@@ -166,11 +158,11 @@ def load_checkpoint(path) -> dict:
     kinds = {"format": int, "config": dict, "model": dict, "updates": int}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] == FORMAT and all(type(state[k]) is kind for k, kind in kinds.items()):
+        if all(isinstance(state[k], v) for k, v in kinds.items()) and state["format"] == FORMAT:
             return state
         reason = f"its format is {state['format']}"
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
-        reason = repr(error)[:100].partition("\\n")[0]
+        reason = type(error).__name__
     raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}); nothing of it was "
                   "used. Train again, or take another copy")
 
@@ -189,8 +181,7 @@ def load_model(path, device="cpu"):
 
 def new_model(config, device):
     """The untrained model of `config`: the same seed gives the same weights."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(config.train.seed)
+    with evaluate.seeded(config.train.seed, torch.device("cpu")):
         model = models.build(config.model, config.data.image, config.data.classes)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -207,18 +198,15 @@ def load_images(config, split: str, data_dir: str):
 
 def learning_rate(update: int, train) -> float:
     """The rate of update 1, 2, ...: linear warm-up, then constant or a cosine to 0."""
-    rate = train.rate * min(1.0, update / max(1, train.warmup))
-    if train.decay == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * (update - 1) / train.updates))
-    return rate
+    angle = math.pi * (update - 1) / train.updates if train.decay == "cosine" else 0.0
+    return train.rate * min(1.0, update / max(1, train.warmup)) * 0.5 * (1 + math.cos(angle))
 
 
 def batches(done: int, count: int, train):
     """Update done + 1, ... and its indices into `count` images; the seed orders each epoch anew."""
-    order, each = None, count // train.batch
     for update in range(done, train.updates):
-        epoch, position = divmod(update, each)
-        if order is None or position == 0:
+        epoch, position = divmod(update, count // train.batch)
+        if update == done or position == 0:
             seed = train.seed * 1_000_003 + epoch
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         yield update + 1, order[position * train.batch:][: train.batch]
@@ -231,8 +219,7 @@ def log_row(path: Path, bar, values: dict[str, float]) -> None:
             header = "" if file.tell() else ",".join(values) + "\n"
             file.write(header + ",".join(map(str, values.values())) + "\n")
     except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}. The last checkpoint is intact; make "
-                      "room and start the same command again") from error
+        raise Failure(f"cannot write {path}: {error.strerror}; the checkpoint is intact") from error
     if bar.hidden:
         click.echo("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
     else:
@@ -248,18 +235,9 @@ def claimed(folder: Path):
         lock = open(folder / ".lock", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
-    except BlockingIOError:
-        raise Failure(f"{folder} is in use by another `train`; choose another --out") from None
     except OSError as error:
-        raise Failure(f"cannot write to {folder}: {error.strerror}; choose --out") from error
-
-
-def interruptions() -> list:
-    """A list that Ctrl-C and SIGTERM append to from now on, instead of ending the program."""
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: caught.append(1))
-    return caught
+        why = "in use by another `train`" if error.errno == errno.EAGAIN else error.strerror
+        raise Failure(f"cannot write to {folder}: {why}; choose another --out") from error
 
 
 def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
@@ -279,8 +257,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
     settings, c, path = config.train, config.chains, folder / "ckpt.pt"
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
     if len(images) < settings.batch:
-        raise Failure(f"{config.data.name} has {len(images)} training images, fewer than "
-                      f"train.batch = {settings.batch}")
+        raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
     model = new_model(config, device)
     torch.manual_seed(settings.seed)  # of the device's own generator: some losses draw from it too
     generator = torch.default_generator if device.type == "cpu" else (
@@ -293,7 +270,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
         precision = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
     if path.exists():
         state = load_checkpoint(path)
-        refuse_other_config(plain(parse_config(state["config"])), plain(config), folder)
+        refuse_other_config(asdict(parse_config(state["config"])), asdict(config), folder)
         try:
             model.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
@@ -307,11 +284,13 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
                           f"another device ({error!r:.80}). Choose another --out") from error
         click.echo(f"going on after update {done} of {path}, in {precision}")
     bfloat16 = precision == "bfloat16"
-    write_whole(folder / "config.yaml", as_yaml(plain(config)).encode())
+    write_whole(folder / "config.yaml", as_yaml(asdict(config)).encode())
     picture_every = math.ceil(settings.updates / settings.pictures) if settings.pictures else 0
-    log, started, interrupted = folder / "log.csv", time.monotonic(), interruptions()
-    if log.exists():  # rows past the checkpoint come again
-        write_whole(log, log.read_bytes()[:log_size])
+    log, started, interrupted = folder / "log.csv", time.monotonic(), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
+        signal.signal(number, lambda *_: interrupted.append(1))
+    if log.exists():
+        write_whole(log, log.read_bytes()[:log_size])  # rows past the checkpoint come again
     with click.progressbar(length=settings.updates, show_pos=True, show_percent=False, width=8,
                            item_show_func=str, hidden=not sys.stdout.isatty()) as bar:
         bar.update(done)
@@ -341,7 +320,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
                     "chains.steps, a higher model.l2 or model.l2_on=both")
             optimiser.step()
             if buffer:
-                buffer.put(slots, chains)
+                buffer.images[slots] = chains
                 metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
             bar.update(1)
             last, stop = update == settings.updates, bool(interrupted)
@@ -360,15 +339,14 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
                     model.train()
             if update % settings.checkpoint_every == 0 or last or stop:
                 torch.save({
-                    "format": FORMAT, "preset": preset, "config": plain(config), "updates": update,
+                    "format": FORMAT, "preset": preset, "config": asdict(config), "updates": update,
                     "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
                     "precision": precision, "device": device.type,
                     "log_size": log.stat().st_size if log.exists() else 0,
-                    "versions": {"torch": str(torch.__version__),
-                                 "python": platform.python_version()},
+                    "torch": str(torch.__version__), "python": platform.python_version(),
                     "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                    "generator": generator.get_state(),
-                    **({"buffer": buffer.images} if buffer else {})}, content := io.BytesIO())
+                    "generator": generator.get_state(), "buffer": buffer and buffer.images,
+                }, content := io.BytesIO())
                 write_whole(path, content.getbuffer())
             if stop:
                 return last
@@ -379,14 +357,12 @@ def _device(_context, _parameter, name: str):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
-        return torch.device(name)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise click.UsageError(f"--device {name} cannot be used here: {reason}") from error
+        raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-FILE = click.Path(exists=True, dir_okay=False)
+FILE, OUT = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
 CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", show_default=True,
                         help="Where data sets are, or are downloaded to.")
@@ -394,17 +370,10 @@ DEVICE = click.option("--device", default="auto", show_default=True, callback=_d
                       help="auto, cpu or cuda.")
 
 
-def out_option(flag: str, default=None, text: str = ""):
-    """An option that names a file to write."""
-    return click.option(flag, type=click.Path(dir_okay=False), default=default, help=text,
-                        show_default=default is not None)
-
-
 def table_command(figures):
-    """Makes `figures(model, config, train, test, data_dir, device, **options)` a command.
+    """Makes `figures(model, config, train set, test set, data_dir, device, ...)` a command.
 
-    It prints a row a checkpoint, with the dictionary that `figures` returns of the model and of the
-    sets (images, labels); lists in it go to JSON, "confusion" also below the table.
+    It prints a row a checkpoint of what `figures` returns; "confusion" goes below the table.
     """
     def command(checkpoints, form, data_dir, device, **options):
         rows = []
@@ -422,15 +391,13 @@ def table_command(figures):
                       for name, line in zip(names, row["confusion"], strict=True)]
             click.echo(f"\n{row['checkpoint']}, columns predicted:\n{evaluate.table(counts)}")
 
-    command.__doc__, command.__click_params__ = figures.__doc__, getattr(
-        figures, "__click_params__", [])
-    for option in (DEVICE, DATA_DIR,
-                   click.option("--markdown", "form", flag_value="markdown", help="For a README."),
-                   click.option("--json", "form", flag_value="json", help="For a program."),
-                   click.argument("checkpoints", type=FILE, nargs=-1, required=True,
-                                  metavar="CKPT...")):
+    command.__dict__ |= figures.__dict__  # its click options
+    for option in (click.argument("checkpoints", type=FILE, nargs=-1, required=True,
+                                  metavar="CKPT..."), DATA_DIR,
+                   click.option("--json", "form", flag_value="json", help="For a program."), DEVICE,
+                   click.option("--markdown", "form", flag_value="markdown", help="For a README.")):
         command = option(command)
-    return main.command(figures.__name__)(command)
+    return main.command(figures.__name__, help=figures.__doc__)(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -477,7 +444,7 @@ def train(preset, settings, out, seed, data_dir, device):
               help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).")
 @click.option("--count", type=click.IntRange(1, 10_000), default=64, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@out_option("--out", "samples.png")
+@click.option("--out", type=OUT, default="samples.png", show_default=True)
 @DATA_DIR
 @DEVICE
 def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir, device):
@@ -487,10 +454,9 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     """
     model, config, state = load_model(checkpoint, device)
     name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
-    for option, value, able in (("--given", given, hasattr(model, "posterior")),
-                                ("--refine", refine, name == "gan")):
-        if value and not able:
-            raise click.UsageError(f"{option} is not for {name}, the model of {checkpoint}")
+    if (given and not hasattr(model, "posterior")) or (refine and name != "gan"):
+        option = "--given" if given else "--refine"
+        raise click.UsageError(f"{option} is not for {name}, the model of {checkpoint}")
     generator = torch.Generator(device).manual_seed(seed)
     if given:
         originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
@@ -517,19 +483,18 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
         x = sampling.advance(model, energy, start, steps, c.step_size, c.noise_std, generator)
         click.echo(f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
                    f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}")
-    x = x.cpu()
-    write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x]), len(originals) or None))
+    grid = evaluate.grid_png(torch.cat([originals, x.cpu()]), len(originals) or None)
+    write_whole(Path(out), grid)
     click.echo(out)
 
 
 @table_command
 @click.option("--limit", type=click.IntRange(1), help="Only the first N training images.")
-@out_option("--plot", text="The last CKPT's confusion matrix as a PNG.")
+@click.option("--plot", type=OUT, help="The last CKPT's confusion matrix as a PNG.")
 def knn(model, config, train, test, data_dir, device, limit, plot):
     """Exact 1-nearest-neighbour test accuracy (supplement E.1), in percent.
 
-    In latent space, in that of the same network untrained, and in pixel space; of a classifier also
-    its own.
+    In latent space, that of the same network untrained, and pixel space; a classifier's own too.
 
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
@@ -539,14 +504,13 @@ def knn(model, config, train, test, data_dir, device, limit, plot):
     for space, represent in spaces.items():
         a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
         predicted = train[1][evaluate.nearest(a, b).cpu()]
-        counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
-        counts = counts.view(classes, classes)
-        row[space] = round(100 * counts.diag().sum().item() / len(test[1]), 2)
+        row[space] = round(100 * (predicted == test[1]).double().mean().item(), 2)
         if space == "latent":
-            row["confusion"] = counts.tolist()
-            names = data.class_names(config.data.name, data_dir, classes)
-            if plot:
-                write_whole(Path(plot), evaluate.confusion_png(counts, names))
+            counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
+            row["confusion"] = counts.view(classes, classes).tolist()
+    if plot:
+        names = data.class_names(config.data.name, data_dir, classes)
+        write_whole(Path(plot), evaluate.confusion_png(torch.tensor(row["confusion"]), names))
     if config.model.name in ("jem", "hdge"):
         right = evaluate.in_batches(model.f, test[0], device).argmax(1).cpu() == test[1]
         row["accuracy"] = round(100 * right.double().mean().item(), 2)
@@ -594,8 +558,8 @@ def ood(model, config, train, test, data_dir, device, against):
 @main.command()
 @CHECKPOINT
 @click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
-@out_option("--map", text="Also a picture of the means in 2-D, by UMAP if installed, else PCA.")
-@out_option("--out", "latents.npz")
+@click.option("--map", type=OUT, help="A picture of the means too: UMAP if installed, else PCA.")
+@click.option("--out", type=OUT, default="latents.npz", show_default=True)
 @DATA_DIR
 @DEVICE
 def export(checkpoint, split, map, out, data_dir, device):
@@ -630,12 +594,11 @@ def show(what):
     """
     names = list(presets())
     if what is None:
-        for name in names:
-            c = compose(name)
+        for name, c in ((name, compose(name)) for name in names):
             click.echo(f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
                        f"{c.train.rate:g}, chains of {c.chains.steps}")
     elif what in names:
-        click.echo(as_yaml(plain(compose(what))), nl=False)
+        click.echo(as_yaml(asdict(compose(what))), nl=False)
     elif Path(what).is_file():
         state = load_checkpoint(what)
         facts = {k: v for k, v in state.items() if isinstance(v, (str, int, float, dict))

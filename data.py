@@ -93,13 +93,11 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
     from torchvision.datasets import ImageFolder
 
     channels, height, width = image_shape
-    if not (root / split).is_dir():
-        raise DataError(f"{root / split} is not a folder: images belong in {root}/train/CLASS/ and "
-                        f"{root}/test/CLASS/ (--data-dir {root})")
     try:
         found, train = ImageFolder(root / split), ImageFolder(root / "train")
-    except OSError as error:  # no classes, or a class without images
-        raise DataError(f"{root}: {str(error).splitlines()[0]}") from error
+    except OSError as error:  # no such folder, no classes, or a class without images
+        raise DataError(f"{str(error).splitlines()[0]}. Images belong in {root}/train/CLASS/ and "
+                        f"{root}/test/CLASS/ (--data-dir {root})") from error
     if found.classes != train.classes:
         raise DataError(f"{root}: train has the classes {', '.join(train.classes)}, {split} has "
                         f"{', '.join(found.classes)}; they have to be the same")

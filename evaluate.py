@@ -46,15 +46,15 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0
 
     Minimises the summed cross-entropy + penalty / 2 |weights but for the bias|^2 by LBFGS.
     """
-    x = torch.cat([x.double(), torch.ones_like(x[:, :1], dtype=torch.float64)], 1)
-    w = torch.zeros(x.shape[1], classes, device=x.device, dtype=torch.float64, requires_grad=True)
+    x = torch.nn.functional.pad(x.double(), (0, 1), value=1.0)
+    w = torch.zeros(x.shape[1], classes, device=x.device, dtype=x.dtype, requires_grad=True)
     lbfgs = torch.optim.LBFGS([w], max_iter=1000, max_eval=2000, tolerance_grad=1e-9 * len(x),
                               tolerance_change=1e-14, line_search_fn="strong_wolfe")
 
     def closure():
         lbfgs.zero_grad()
-        loss = torch.nn.functional.cross_entropy(x @ w, y, reduction="sum") / len(x)
-        loss = loss + penalty / (2 * len(x)) * w[:-1].square().sum()
+        loss = torch.nn.functional.cross_entropy(x @ w, y, reduction="sum")
+        loss = (loss + penalty / 2 * w[:-1].square().sum()) / len(x)
         loss.backward()
         return loss
 
@@ -147,10 +147,9 @@ def confusion_png(counts: Tensor, names: list[str], cell: int = 44) -> bytes:
     picture.paste(shades.resize((size, size), Image.Resampling.NEAREST), (margin, margin))
     draw = ImageDraw.Draw(picture)
     draw.text((4, 4), "rows: true class, columns: predicted", fill=0)
-    for i, name in enumerate(names):
-        place = margin + i * cell
-        draw.text((4, place + cell // 3), name[:14], fill=0)
-        draw.text((place + 3, margin - 14 - 12 * (i % 2)), name[:14], fill=0)
+    for i, place in enumerate(range(margin, margin + size, cell)):
+        draw.text((4, place + cell // 3), names[i][:14], fill=0)
+        draw.text((place + 3, margin - 14 - 12 * (i % 2)), names[i][:14], fill=0)
         for j, count in enumerate(counts[i].tolist()):
             ink = 255 if share[i, j] > 0.5 else 0
             draw.text((margin + j * cell + 6, place + cell // 3), str(count), fill=ink)

@@ -37,21 +37,14 @@ def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Seque
 
 def linears(*sizes: int, activation=nn.SiLU) -> nn.Sequential:
     """Fully connected layers with an activation between, none after the last."""
-    layers = []
-    for a, b in pairwise(sizes):
-        layers += [nn.Linear(a, b), activation()]
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), activation())]
     return nn.Sequential(*layers[:-1])
-
-
-def wide(x: Tensor) -> Tensor:
-    """bfloat16 -> float32; float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def in_float32(head: nn.Module, features: Tensor) -> Tensor:
     """`head` outside autocast: convolutions may run in bfloat16, what energies are made of not."""
     with torch.autocast(features.device.type, enabled=False):
-        return head(wide(features))
+        return head(features.to(torch.promote_types(features.dtype, torch.float32)))
 
 
 def normal(mean: Tensor, std: Tensor) -> td.Independent:
@@ -366,8 +359,8 @@ class VAE(nn.Module):
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x | z): (B, C, H, W), (B, D) -> (B,)."""
         family = {"bernoulli": td.Bernoulli, "continuous_bernoulli": td.ContinuousBernoulli}
-        p = family[self.config.likelihood](logits=wide(self.decoder(z)), validate_args=False)
-        return p.log_prob((wide(x) + 1) / 2).flatten(1).sum(1)
+        p = family[self.config.likelihood](logits=self.decoder(z).float(), validate_args=False)
+        return p.log_prob((x + 1) / 2).flatten(1).sum(1)
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
         """E(x, z): (B, C, H, W), (B, D) -> (B,)."""
@@ -390,7 +383,7 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """sigmoid of the likelihood's parameters, in [-1, 1]: (B, D) -> (B, C, H, W)."""
-        return wide(self.decoder(z)).sigmoid() * 2 - 1
+        return self.decoder(z).float().sigmoid() * 2 - 1
 
     def generate(self, count: int) -> Tensor:
         """`decode` of z from the prior: (count, C, H, W)."""
@@ -446,7 +439,7 @@ class GAN(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """G(z): (B, D) -> (B, C, H, W)."""
-        return wide(self.generator(z))
+        return self.generator(z).float()
 
     def play(self, real: tuple, fake: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         """Both players' losses, summed; each has gradients for its own parameters alone."""

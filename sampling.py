@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
 
 
-def fast_langevin(module: nn.Module, energy, x: Tensor, *chain, bfloat16: bool = False) -> Tensor:
+def fast_langevin(module: nn.Module, energy, x: Tensor, bfloat16: bool, *chain) -> Tensor:
     """`langevin` on `energy`, a function of `module`'s parameters; equal to it up to rounding."""
     x = x.contiguous(memory_format=torch.channels_last)
     needing = [p.requires_grad_(False) for p in module.parameters() if p.requires_grad]
@@ -55,8 +55,7 @@ def fast_langevin(module: nn.Module, energy, x: Tensor, *chain, bfloat16: bool =
 def advance(model, energy, x, steps, step_size, noise_std, generator, bfloat16=False) -> Tensor:
     """Chains (B, C, H, W) `steps` on: Langevin on `energy`, or the model's block Gibbs sweeps."""
     if model.chain != "gibbs":
-        chain = steps, step_size, noise_std, generator
-        return fast_langevin(model, energy, x, *chain, bfloat16=bfloat16)
+        return fast_langevin(model, energy, x, bfloat16, steps, step_size, noise_std, generator)
     with torch.no_grad():
         for _ in range(steps):
             x = model.gibbs(x, generator)
@@ -64,7 +63,7 @@ def advance(model, energy, x, steps, step_size, noise_std, generator, bfloat16=F
 
 
 class ReplayBuffer:
-    """Chains that persist over updates; new and restarted ones are uniform on [-1, 1]."""
+    """Chains `images` that persist over updates; new and restarted ones are uniform on [-1, 1]."""
 
     def __init__(self, size: int, image_shape, reuse: float, generator: torch.Generator):
         self.reuse, self.generator = reuse, generator
@@ -77,10 +76,6 @@ class ReplayBuffer:
         restart = torch.rand((count, 1, 1, 1), **at) >= self.reuse
         fresh = uniform((count, *self.images.shape[1:]), self.generator)
         return slots, torch.where(restart, fresh, self.images[slots])
-
-    def put(self, slots: Tensor, chains: Tensor) -> None:
-        """Writes chains (count, C, H, W) back to the slots that they were drawn from."""
-        self.images[slots] = chains
 
 
 def uniform(shape, generator: torch.Generator) -> Tensor:
