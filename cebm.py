@@ -63,10 +63,10 @@ def _checked(key: str, value, like, limit):
     if isinstance(like, float) and type(value) in (int, str):
         with suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 1e-4, without a dot, as a word
-    if type(value) is type(like) and (value in limit if isinstance(like, (str, bool))
-                                      else limit[0] <= value <= limit[1]):  # false for NaN too
-        return value
     kind = {int: "a whole number", float: "a number"}.get(type(like))
+    if type(value) is type(like) and (limit[0] <= value <= limit[1] if kind  # false for NaN too
+                                      else not isinstance(like, list) and value in limit):
+        return value
     wanted = f"one of {', '.join(map(str, limit))}" if isinstance(like, (str, bool)) else (
         f"{kind or f'a list of {len(like)} numbers, each'} from {limit[0]:,} to {limit[1]:,}")
     raise click.UsageError(f"{key} = {value!r}: it has to be {wanted}")

@@ -42,7 +42,8 @@ def offline(monkeypatch):
 @pytest.fixture
 def counted(monkeypatch):
     """The loaders expect 20 images a split, as the files made here have."""
-    monkeypatch.setattr(data, "PUBLIC", {k: (v[0], 20, 20) for k, v in data.PUBLIC.items()})
+    monkeypatch.setattr(data, "PUBLIC", {
+        k: (v[0], dict.fromkeys(("train", "test", "extra"), 20)) for k, v in data.PUBLIC.items()})
 
 
 @pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fmnist", "FashionMNIST")])
@@ -164,7 +165,7 @@ def test_images_of_16_bits_are_refused_and_not_clipped(tmp_path):
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     shape = (1, 28, 28)
-    with pytest.raises(data.DataError, match="train is not a folder"):
+    with pytest.raises(data.DataError, match=r"/train.*Images belong in"):
         data.load("folder", "train", str(tmp_path), shape)
     write_folder(tmp_path)
     truncated = tmp_path / "train/dog/0.png"
@@ -187,7 +188,7 @@ def test_the_embedded_set_is_what_the_readme_says():
     assert labels.bincount().tolist() == [1000] * 10
     assert test_labels.bincount().tolist() == [200] * 10
     assert torch.equal(data.glyphs.__wrapped__("test")[0], test)
-    assert 0.08 < (images > 127).float().mean() < 0.25  # ink, not noise
+    assert 0.05 < (images > 127).float().mean() < 0.25  # ink, not noise
     assert len(torch.unique(images.flatten(1), dim=0)) == 10_000
     distances = torch.cdist(test.flatten(1).float(), images.flatten(1).float())
     assert 0.9 < (labels[distances.argmin(1)] == test_labels).float().mean() < 0.98

@@ -1,4 +1,4 @@
-"""CEBM against numerical integration over z, torch.distributions, finite differences and Bayes."""
+"""Energies against integration, enumeration, finite differences and Bayes; the other losses."""
 
 import math
 from dataclasses import replace
@@ -9,18 +9,23 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 import cebm
 import models
+import sampling
 
 SHAPE = (1, 8, 8)
 
 
-def small(latent=1, **changes):
-    """An untrained float64 CEBM for 8x8 images, its statistics scaled up, far from the prior."""
-    config = replace(cebm.compose("cebm-mnist").model, channels=(4, 4, 4, 4), hidden=8,
-                     latent=latent, **changes)
+def build(name, shape=(1, 28, 28), **changes):
+    """An untrained, narrow model, the same at every call."""
+    changes = {"channels": [4, 4, 4, 4], "hidden": 8, "latent": 6} | changes
     torch.manual_seed(0)
-    model = models.build(config, SHAPE, 10).double()
+    return models.build(replace(cebm.compose(f"{name}-mnist").model, **changes), shape, 10)
+
+
+def small(latent=1, name="cebm", **changes):
+    """A float64 CEBM for 8x8 images, its statistics scaled up, far from the prior."""
+    model = build(name, SHAPE, latent=latent, **changes).double()
     with torch.no_grad():
-        for head in model.t.heads:
+        for head in model.network.heads:
             head[-1].weight.mul_(8)
             head[-1].bias.normal_()
     return model
@@ -75,7 +80,7 @@ def test_bayes_rule_holds_between_joint_marginal_and_posterior(x):
 def test_without_evidence_the_model_is_its_prior(x):
     model = small(3)
     with torch.no_grad():
-        for head in model.t.heads:
+        for head in model.network.heads:
             head[-1].weight.zero_()
             head[-1].bias.zero_()
     prior = Independent(Normal(torch.zeros(5, 3).double(), torch.ones(5, 3).double()), 1)
@@ -92,8 +97,8 @@ def test_the_log_partition_is_the_gaussian_normaliser():
     log_density = (lam * models.Gaussian.eta(z)).sum() - models.Gaussian.log_partition(lam)
     log_density = log_density - 2 * models.Gaussian.log_base
     torch.testing.assert_close(log_density, Normal(mean, std).log_prob(z).sum())
-    torch.testing.assert_close(models.Gaussian.distribution(lam).mean, mean)
-    torch.testing.assert_close(models.Gaussian.distribution(lam).stddev, std)
+    torch.testing.assert_close(models.Gaussian.member(lam).mean, mean)
+    torch.testing.assert_close(models.Gaussian.member(lam).stddev, std)
 
 
 def test_the_energy_gradient_agrees_with_finite_differences(x):
@@ -109,14 +114,14 @@ def test_table_5_shapes_at_every_stage(preset, sides, features):
     config = cebm.compose(preset)
     model = models.build(config.model, config.data.image, 10)
     h, seen = torch.zeros(2, *config.data.image), []
-    for layer in model.t.trunk:
+    for layer in model.network.trunk:
         h = layer(h)
         if isinstance(layer, torch.nn.Conv2d):
             seen.append(tuple(h.shape[1:]))
     assert seen == [(c, s, s) for c, s in zip(config.model.channels, sides, strict=True)]
     assert h.shape == (2, features)
-    assert model.t(torch.zeros(2, *config.data.image)).shape == (2, 2, 128)
-    assert model.t.heads[0][0].out_features == {288: 128, 8192: 1024}[features]
+    assert model.t(torch.zeros(2, *config.data.image))[0].shape == (2, 2, 128)
+    assert model.network.heads[0][0].out_features == {288: 128, 8192: 1024}[features]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 1e6, 1e12])
@@ -149,11 +154,295 @@ def test_the_loss_is_the_gap_plus_l2_and_reaches_every_parameter(x, l2_on):
         assert parameter.grad.abs().sum() > 0, name
 
 
+def mixture(latent=1, components=3, **changes):
+    """A GMM-CEBM whose components differ and are of different widths."""
+    return small(latent, "gmm-cebm", components=components, prior_mean_std=2.0,
+                 prior_std=[0.5, 1.5], **changes)
+
+
+def test_the_mixtures_energy_is_its_joint_energy_integrated_over_z(x):
+    model = mixture()
+    z, cell = grid(1)
+    for image in x[:3]:
+        joint = model.joint_energy(image[None], z)
+        integral = -torch.log(torch.exp(-joint).sum() * cell)
+        torch.testing.assert_close(integral, model.energy(image[None])[0], atol=1e-6, rtol=0)
+        posterior = model.posterior(image[None])
+        density = torch.exp(posterior.log_prob(z))
+        torch.testing.assert_close(density, torch.exp(integral - joint), atol=1e-6, rtol=1e-6)
+
+
+def test_bayes_rule_holds_in_a_mixture(x):
+    model = mixture(6, 4)
+    z = torch.randn(5, 6, dtype=torch.float64)
+    log_posterior = model.energy(x) - model.joint_energy(x, z)
+    torch.testing.assert_close(model.posterior(x).log_prob(z), log_posterior, atol=1e-9, rtol=0)
+
+
+def test_a_mixture_of_one_standard_component_is_the_cebm(x):
+    # Three components at N(0, I) are one.
+    plain = small(4)
+    model = small(4, "gmm-cebm", components=3, prior_mean_std=0.0, prior_std=[1.0, 1.0])
+    model.network.load_state_dict(plain.network.state_dict())
+    z = torch.randn(5, 4, dtype=torch.float64)
+    for a, b in [(plain.energy(x), model.energy(x)), (plain.represent(x), model.represent(x)),
+                 (plain.joint_energy(x, z), model.joint_energy(x, z)),
+                 (plain.posterior(x).log_prob(z), model.posterior(x).log_prob(z))]:
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_the_class_of_an_image_follows_bayes_rule_by_hand(monkeypatch):
+    # N(-1, 1) and N(2, 1), t = (1, 0): exp(A(lam + t) - A(lam)) is exp(m + 1/2), so p(y = 1) is
+    # exp(2.5) / (exp(2.5) + exp(-0.5)); the posteriors are N(0, 1) and N(3, 1).
+    model = mixture(1, 2)
+    with torch.no_grad():
+        model.prior.location.copy_(torch.tensor([[-1.0], [2.0]]))
+        model.prior.log_std.zero_()
+    monkeypatch.setattr(model, "t", lambda x: (torch.tensor([[[1.0], [0.0]]]).double(), 0.0))
+    chance = 1 / (1 + math.exp(-3))
+    assert math.isclose(model.components(None)[0, 1].item(), chance, rel_tol=1e-9)
+    assert math.isclose(model.represent(None).item(), 3.0)  # the likeliest component's mean
+    model.config = replace(model.config, represent="mixture")
+    assert math.isclose(model.represent(None).item(), 3 * chance, rel_tol=1e-9)
+    assert math.isclose(model.posterior(None).mean.item(), 3 * chance, rel_tol=1e-9)
+
+
+def test_the_chances_of_the_components_sum_to_one(x):
+    chances = mixture(6, 4).components(x)
+    assert chances.shape == (5, 4)
+    torch.testing.assert_close(chances.sum(1), torch.ones(5).double())
+
+
+def harmonium(name, shape, hidden):
+    """A float64 RBM or EFH with weights far from 0."""
+    model = build(name, shape, latent=hidden).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+def binary(dim):
+    """All 2^dim states (2^dim, dim)."""
+    return torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * dim).view(-1, dim)
+
+
+@pytest.mark.parametrize("name", ["rbm", "efh"])
+def test_a_harmoniums_joint_energy_is_eq_29_and_30_and_its_energy_their_sum(name):
+    model, z = harmonium(name, (1, 2, 3), 8), binary(8)
+    x = torch.randn(4, 1, 2, 3, dtype=torch.float64)
+    if name == "rbm":
+        x = x.sign()
+    theta_xz, theta_x, theta_z = model.network.theta_xz, model.network.theta_x, model.prior.theta_z
+    for image in x:
+        v = (image.flatten() + 1) / 2 if name == "rbm" else image.flatten()
+        square = 0 if name == "rbm" else (v * v).sum() / (2 * model.config.visible_std**2)
+        by_hand = -(v @ theta_xz * z).sum(1) - v @ theta_x - z @ theta_z.flatten() + square
+        joint = model.joint_energy(image[None], z)
+        torch.testing.assert_close(joint, by_hand, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.energy(image[None])[0], -torch.logsumexp(-by_hand, 0))
+        weight = torch.softmax(-by_hand, 0)
+        torch.testing.assert_close(model.posterior(image[None]).mean[0], weight @ z)
+
+
+def test_an_efhs_x_given_z_is_its_normalised_joint_density():
+    model, z = harmonium("efh", (1, 1, 1), 5), binary(5)[19:20]
+    axis = torch.linspace(-12, 12, 24_001).double()
+    weight = torch.softmax(-model.joint_energy(axis.view(-1, 1, 1, 1), z), 0)
+    generator = torch.Generator().manual_seed(0)
+    x = model.network.sample(z.expand(100_000, 5), generator).flatten()
+    mean = (weight * axis).sum()
+    variance = (weight * (axis - mean) ** 2).sum()
+    assert math.isclose(variance.sqrt().item(), model.config.visible_std, rel_tol=1e-4)
+    assert abs(x.mean() - mean) < 5 * (variance / 100_000) ** 0.5
+    assert abs(x.var() / variance - 1) < 5 * (2 / 100_000) ** 0.5
+
+
+def test_block_gibbs_on_a_tiny_rbm_reaches_the_enumerated_marginal():
+    model = harmonium("rbm", (1, 2, 2), 3)
+    states = binary(4).view(-1, 1, 2, 2) * 2 - 1
+    exact = torch.softmax(-model.energy(states), 0)
+    chains = torch.ones(20_000, 1, 2, 2).double()
+    x = sampling.advance(model, model.energy, chains, 100, 0, 0, torch.Generator().manual_seed(0))
+    code = ((x.flatten(1) + 1) / 2 @ torch.tensor([8.0, 4.0, 2.0, 1.0]).double()).long()
+    found = torch.bincount(code, minlength=16) / 20_000
+    assert ((found - exact).abs() < 5 * (exact * (1 - exact) / 20_000) ** 0.5 + 1e-9).all()
+
+
+def test_gaussian_chains_of_an_efh_forget_their_start():
+    model = build("efh", latent=8)
+    ends = [sampling.advance(model, None, torch.full((500, 1, 28, 28), start), 30, 0, 0,
+                             torch.Generator().manual_seed(0)) for start in (-3.0, 3.0)]
+    assert abs(ends[0].mean() - ends[1].mean()) < 0.01
+    assert abs(ends[0].std() - model.config.visible_std) < 0.05
+
+
+NAMES = cebm.LIMITS["model"]["name"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_of_every_model_receives_a_gradient(name):
+    model = build(name)
+    x, y = torch.rand(16, 1, 28, 28) * 2 - 1, torch.arange(16) % 10
+    loss, metrics = model.loss(x, y, x.flip(0) ** 3 if model.chain else None)
+    loss.backward()
+    assert loss.isfinite()
+    assert loss.dim() == 0
+    assert all(m.dim() == 0 and not m.requires_grad for m in metrics.values())
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().sum() > 0, key
+    assert model.represent(x).shape[0] == 16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_bfloat16_losses_energies_and_latents_are_float32(name):
+    model = build(name)
+    x, y = torch.rand(8, 1, 28, 28) * 2 - 1, torch.arange(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [model.represent(x), model.loss(x, y, x.flip(0) if model.chain else None)[0]]
+        outputs += [model.energy(x)] if hasattr(model, "energy") else []
+        outputs += [model.generate(3)] if hasattr(model, "generate") else []
+    for output in outputs:
+        assert output.dtype == torch.float32
+        assert output.isfinite().all()
+
+
+def test_igebm_jem_and_hdge_are_one_network_read_as_table_4_says():
+    x, y = torch.rand(6, 1, 28, 28) * 2 - 1, torch.tensor([3, 1, 4, 1, 5, 9])
+    igebm, jem, hdge = (build(n) for n in ("igebm", "jem", "hdge"))
+    torch.testing.assert_close(igebm.energy(x), -igebm.f(x)[:, 0])
+    f, chains = jem.f(x), -x
+    torch.testing.assert_close(jem.energy(x), -f.exp().sum(1).log())
+    log_p = f - torch.log(f.exp().sum(1, keepdim=True))
+    cross_entropy = -log_p[torch.arange(6), y].mean()
+    contrastive = models.contrastive(jem.energy(x), jem.energy(chains), jem.config)[0]
+    torch.testing.assert_close(jem.loss(x, y, chains)[0], cross_entropy + contrastive)
+    f = hdge.f(x)
+    shares = torch.stack([f[i, y[i]].exp() / f[:, y[i]].exp().sum() for i in range(6)])
+    cross_entropy = -(f - torch.log(f.exp().sum(1, keepdim=True)))[torch.arange(6), y].mean()
+    torch.testing.assert_close(hdge.loss(x, y, None)[0], cross_entropy - shares.log().mean())
+
+
+def stages(network, x):
+    """Shapes after each convolution on the way up."""
+    seen = []
+    for layer in network:
+        x = layer(x)
+        if isinstance(layer, torch.nn.ConvTranspose2d):
+            seen.append(tuple(x.shape[1:]))
+    return seen
+
+
+@pytest.mark.parametrize(("preset", "expected"), [
+    ("vae-mnist", [(32, 6, 6), (64, 12, 12), (64, 26, 26), (1, 28, 28)]),
+    ("vae-cifar10", [(32, 8, 8), (64, 16, 16), (64, 32, 32), (3, 32, 32)]),
+    ("bigan-mnist", [(64, 2, 2), (64, 4, 4), (32, 7, 7), (32, 14, 14), (1, 28, 28)]),
+    ("bigan-cifar10", [(512, 2, 2), (256, 4, 4), (128, 8, 8), (64, 16, 16), (3, 32, 32)])])
+def test_decoders_and_generators_have_the_shapes_of_tables_7_and_8(preset, expected):
+    config = cebm.compose(preset)
+    model = models.build(config.model, config.data.image, 10).eval()
+    z = torch.zeros(2, 128)
+    if preset.startswith("vae"):
+        body, first = model.decoder, (config.model.channels[-1], *[config.data.image[1] // 8] * 2)
+        assert body[:3](z).shape[1:] == first
+        assert stages(body[3], body[:3](z)) == expected
+    else:
+        assert stages(model.generator[1], z.view(2, 128, 1, 1)) == expected
+    images = model.generate(2)
+    assert images.shape == (2, *config.data.image)
+    assert images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["gan", "bigan", "gmm-bigan"])
+def test_each_player_has_the_gradient_of_its_own_loss_alone(name):
+    pairs, softplus = name != "gan", torch.nn.functional.softplus
+    x = torch.rand(8, 1, 28, 28) * 2 - 1
+
+    def losses(model):
+        torch.manual_seed(1)  # z of the prior, then of the encoder
+        z = model.prior.sample(8)
+        real = (x, model.posterior(x).rsample()) if pairs else (x,)
+        fake = (model.decode(z), z)[: len(real)]
+        on_real, on_fake = model.discriminator(*real), model.discriminator(*fake)
+        judging = softplus(-on_real).mean() + softplus(on_fake).mean()
+        return judging, softplus(-on_fake).mean() + (softplus(on_real).mean() if pairs else 0)
+
+    model = build(name)
+    torch.manual_seed(1)
+    model.loss(x, None, None)[0].backward()
+    for player in (0, 1):
+        alone = build(name)
+        losses(alone)[player].backward()
+        own = dict(alone.named_parameters())
+        for key, parameter in model.named_parameters():
+            if key.startswith("discriminator") == (player == 0):
+                gradient = own[key].grad
+                torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4, msg=key)
+
+
+def test_langevin_refinement_lowers_a_gans_latent_energy():
+    model = build("gan").eval()
+    z = model.prior.sample(64).detach()
+    end = sampling.langevin(model.latent_energy, z, 50, 0.05, 0.0)
+    assert (model.latent_energy(end) < model.latent_energy(z)).all()
+    assert torch.allclose(model.latent_energy(z), -Normal(0, 1).log_prob(z).sum(1)
+                          - model.discriminator(model.generator(z)), atol=1e-4)
+
+
+def test_a_linear_gaussian_vaes_elbo_is_below_its_evidence_and_tight_at_the_optimum(monkeypatch):
+    # x = W z + noise of deviation s, columns of W orthogonal: p(z | x) is diagonal.
+    model, s = build("vae", latent=2), 0.5
+    w = torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.5, 0.5], [0.5, -0.5]])
+    x = torch.tensor([[0.3, -0.7, 1.1, 0.2]])
+    cov = w @ w.T + s**2 * torch.eye(4)
+    evidence = torch.distributions.MultivariateNormal(torch.zeros(4), cov).log_prob(x)
+    variance = 1 / (1 + w.square().sum(0) / s**2)
+    mean = variance * (x @ w) / s**2
+    monkeypatch.setattr(model, "log_likelihood",
+                        lambda x, z: Normal(z @ w.T, s).log_prob(x.flatten(1)).sum(1))
+    many = x.expand(100_000, 4)
+    for shift, scale, tight in [(0.0, 1.0, True), (0.3, 1.0, False), (0.0, 1.7, False)]:
+        q = models.normal(*(v.expand(100_000, 2) for v in (mean + shift, scale * variance**0.5)))
+        monkeypatch.setattr(model, "posterior", lambda x, q=q: q)
+        energies = model.energy(many)
+        elbo, error = -energies.mean(), energies.std() / 100_000**0.5
+        kl = kl_divergence(models.normal(mean + shift, scale * variance**0.5),
+                           models.normal(mean, variance**0.5))  # evidence - ELBO
+        assert abs(evidence - kl - elbo) < 5 * error
+        assert tight == (abs(evidence - elbo) < 5 * error).item()
+
+
+def test_the_sampled_divergence_from_a_mixture_of_equal_components_is_the_closed_form():
+    model = build("gmm-vae", components=3, prior_mean_std=0.0, prior_std=[1.0, 1.0])
+    mean, std = torch.randn(6), torch.rand(6) + 0.5
+    q = models.normal(mean.expand(50_000, 6), std.expand(50_000, 6))
+    sampled = model.divergence(q, q.sample())
+    closed = kl_divergence(models.normal(mean, std), models.normal(torch.zeros(6), torch.ones(6)))
+    assert abs(sampled.mean() - closed) < 5 * sampled.std() / 50_000**0.5
+    plain = build("vae").divergence(q, q.sample())
+    torch.testing.assert_close(plain, closed.expand(50_000))
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "continuous_bernoulli"])
+def test_a_vaes_likelihood_is_that_of_its_decoders_logits(likelihood):
+    model = build("vae", likelihood=likelihood)
+    x, z = torch.rand(3, 1, 28, 28) * 2 - 1, torch.randn(3, 6)
+    chance, v = model.decoder(z).double().sigmoid(), (x.double() + 1) / 2
+    log_prob = v * chance.log() + (1 - v) * (1 - chance).log()
+    if likelihood == "continuous_bernoulli":  # normaliser C = 2 atanh(1 - 2 p) / (1 - 2 p)
+        log_prob = log_prob + torch.log(2 * torch.atanh(1 - 2 * chance) / (1 - 2 * chance))
+    expected = log_prob.flatten(1).sum(1).float()
+    torch.testing.assert_close(model.log_likelihood(x, z), expected, atol=0.05, rtol=1e-4)
+    joint = expected + Normal(0, 1).log_prob(z).sum(1)
+    torch.testing.assert_close(model.joint_energy(x, z), -joint, atol=0.05, rtol=1e-4)
+
+
 def test_a_posterior_mean_shifts_and_narrows_with_evidence(monkeypatch):
     # One image, one dimension, t = (t1, t2) by hand: precision 1 - 2 t2, mean t1 / precision.
     model = small(1)
     statistics = torch.tensor([[[3.0], [-1.0]]]).double()
-    monkeypatch.setattr(models.StatisticsNetwork, "forward", lambda self, x: statistics)
+    monkeypatch.setattr(model, "t", lambda x: (statistics, 0.0))
     posterior = model.posterior(torch.zeros(1, *SHAPE))
     assert math.isclose(posterior.mean.item(), 1.0)
     assert math.isclose(posterior.variance.item(), 1 / 3)
