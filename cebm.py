@@ -40,11 +40,10 @@ torch, np, data, evaluate, models, sampling = map(
 FORMAT = 2  # of the checkpoint; another number is refused
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
-except (OSError, yaml.YAMLError) as error:
+    COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
+except (OSError, LookupError, TypeError, yaml.YAMLError) as error:
     sys.exit(f"Error: configs.yaml: {error}")
-# A frozen dataclass a section. recipes.common has every key, its values every type; a key's bounds
-# or choices are in `limits`.
-COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
+# A frozen dataclass a section: keys and types are those of recipes.common, bounds are in `limits`.
 SECTIONS = {name: make_dataclass(name.title(), {k: type(v) for k, v in values.items()}, frozen=True)
             for name, values in COMMON.items()}
 Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
@@ -302,8 +301,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
             x = data.normalise(images[chosen])  # (B, C, H, W)
             noise = torch.randn(x.shape, generator=generator, device=device)
             x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
-            slots, chains = buffer.draw(settings.batch) if buffer else (None, None)
+            chains = None
             if buffer:
+                slots, chains = buffer.draw(settings.batch)
                 chains = sampling.advance(model, model.energy, chains, c.steps, c.step_size,
                                           c.noise_std, generator, bfloat16)
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
