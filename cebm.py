@@ -500,7 +500,7 @@ def knn(model, config, train, test, data_dir, device, limit, plot):
     """
     row, untrained, classes = {}, new_model(config, device).eval(), config.data.classes
     spaces = {"latent": model.represent, "untrained": untrained.represent,
-              "pixel": lambda x: x.flatten(1)}
+              "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round()}
     for space, represent in spaces.items():
         a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
         predicted = train[1][evaluate.nearest(a, b).cpu()]
@@ -564,6 +564,8 @@ def ood(model, config, train, test, data_dir, device, against):
 @DEVICE
 def export(checkpoint, split, map, out, data_dir, device):
     """Write each image's latent mean, std, energy (where the model has them) and label to an .npz.
+
+    The mean is the vector that `knn` uses, the std that of the whole posterior.
 
     Example: python cebm.py export runs/quickstart/ckpt.pt --split train --map map.png
     """

@@ -80,10 +80,8 @@ class Gaussian:
     """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
 
     Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes (..., D) of z, (..., 2, D) of eta, lam.
-    A is short of `log_base` a dimension, which cancels in every difference.
+    A is short of log(2 pi) / 2 a dimension, which cancels in every difference.
     """
-
-    log_base, normalised = 0.5 * math.log(2 * math.pi), True
 
     @staticmethod
     def eta(z: Tensor) -> Tensor:
@@ -105,8 +103,6 @@ class Bernoulli:
 
     As Eq. 29 and 33 have it, E_lam(z) = -<lam, z> without A(lam).
     """
-
-    log_base, normalised = 0.0, False
 
     @staticmethod
     def eta(z: Tensor) -> Tensor:
@@ -148,19 +144,18 @@ class Prior(nn.Module):
         precision = torch.exp(-2 * self.log_std)
         return torch.stack([self.location * precision, -0.5 * precision], dim=1)
 
-    def _log_shares(self, log_weights: Tensor) -> Tensor:
-        """log pi_k + log_weights - A(lam_k), pi_k = 1 / K: (B, K)."""
-        constant = self.family.log_partition(self.lam()) if self.family.normalised else 0
-        return log_weights - constant - math.log(log_weights.shape[1])
-
     def energy(self, z: Tensor) -> Tensor:
-        """E_lam(z), -log p_lam(z) where normalised: (B, D) -> (B,)."""
-        dot = (self.lam() * self.family.eta(z)[:, None]).sum((-1, -2))  # (B, K)
-        return self.family.log_base * z.shape[-1] - self._log_shares(dot).logsumexp(1)
+        """E_lam(z), -log p_lam(z) of Gaussians: (B, D) -> (B,)."""
+        if self.family is Bernoulli:
+            return -(self.theta_z * Bernoulli.eta(z)).sum((-1, -2))
+        members = self.family.member(self.lam())  # batch (K,)
+        return math.log(len(self.location)) - members.log_prob(z[:, None]).logsumexp(1)
 
     def log_joint(self, t: Tensor) -> Tensor:
         """log p(x, y = k) + const: log pi_k + A(lam_k + t) - A(lam_k), (B, S, D) -> (B, K)."""
-        return self._log_shares(self.family.log_partition(self.lam() + t[:, None]))
+        lam = self.lam()
+        constant = self.family.log_partition(lam) if self.family is Gaussian else 0.0
+        return self.family.log_partition(lam + t[:, None]) - constant - math.log(len(lam))
 
     def posterior(self, t: Tensor) -> td.Distribution:
         """The member, or mixture of members, of parameters lam_k + t: batch (B,), event (D,)."""
@@ -443,7 +438,8 @@ class GAN(nn.Module):
 
     def play(self, real: tuple, fake: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         """Both players' losses, summed; each has gradients for its own parameters alone."""
-        judge, d = self.discriminator, self.discriminator.state_dict()  # detached weights
+        judge = self.discriminator
+        d = {k: v.detach().clone() for k, v in judge.state_dict().items()}  # statistics too
         on_real, on_fake = (judge(*(v.detach() for v in pair)) for pair in (real, fake))
         judging = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
         making = F.softplus(-torch.func.functional_call(judge, d, fake)).mean()

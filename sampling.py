@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: such blocks are of the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
 
 

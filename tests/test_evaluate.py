@@ -73,6 +73,15 @@ def test_logistic_regression_is_scikit_learns(penalty):
     assert abs(chances - oracle.predict_proba(x.numpy())).max() < 1e-4
 
 
+def test_logistic_regression_does_not_stop_early_on_many_points_of_small_features():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(60_000) % 3
+    x = 1e-3 * (torch.randn(60_000, 4, generator=generator) + torch.nn.functional.one_hot(y, 4))
+    w = evaluate.logistic_regression(x, y, 3, 1e-6)
+    scaled = evaluate.logistic_regression(1e3 * x, y, 3, 1.0)  # the same problem
+    torch.testing.assert_close(w[:-1] / 1e3, scaled[:-1], atol=1e-3, rtol=1e-2)
+
+
 def test_a_probe_sees_so_many_labels_a_class_and_reports_mean_and_deviation():
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(600) % 3
