@@ -252,7 +252,6 @@ def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
 
 def train_model(config, folder: Path, data_dir: str, device, preset: str) -> bool:
     """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
-    sampling.keep_freed_memory()
     settings, c, path = config.train, config.chains, folder / "ckpt.pt"
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
     if len(images) < settings.batch:
@@ -354,6 +353,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
 
 
 def _device(_context, _parameter, name: str):
+    sampling.keep_freed_memory()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
