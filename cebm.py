@@ -41,12 +41,12 @@ FORMAT = 2  # of the checkpoint; another number is refused
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
-except (OSError, LookupError, TypeError, yaml.YAMLError) as error:
-    sys.exit(f"Error: configs.yaml: {error}")
-# A frozen dataclass a section: keys and types are those of recipes.common, bounds are in `limits`.
-SECTIONS = {name: make_dataclass(name.title(), {k: type(v) for k, v in values.items()}, frozen=True)
-            for name, values in COMMON.items()}
-Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
+    # A frozen dataclass a section: keys and types of recipes.common, whose bounds are in `limits`.
+    SECTIONS = {name: make_dataclass(name, {k: type(v) for k, v in values.items()}, frozen=True)
+                for name, values in COMMON.items()}
+    Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
+except (OSError, LookupError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
+    sys.exit("Error: configs.yaml: " + " ".join(repr(error).split()))
 as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
 
 
@@ -98,10 +98,13 @@ def parse_config(tree) -> Config:
 
 def presets() -> dict[str, tuple[str, str, dict]]:
     """Name -> (model, data, overrides) of every preset of configs.yaml, the newcomer's first."""
-    found = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
-    found |= {f"{m}-{d}": (m, d, {}) for m, model in BOOK["models"].items() for d in model["data"]}
-    return found | {f"{base}-{v}": (*found[base][:2], variant["set"])
-                    for v, variant in BOOK["variants"].items() for base in variant["of"]}
+    try:
+        found = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
+        found |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
+        return found | {f"{base}-{v}": (*found[base][:2], variant["set"])
+                        for v, variant in BOOK["variants"].items() for base in variant["of"]}
+    except (LookupError, AttributeError, TypeError) as error:
+        raise click.UsageError(f"configs.yaml lacks or misspells {error!r}") from error
 
 
 def compose(preset: str, settings=()) -> Config:
@@ -116,7 +119,7 @@ def compose(preset: str, settings=()) -> Config:
             raise click.UsageError(f"--set {setting}: {key!r} {why}")
         try:
             chosen[matches[0]] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the latter of dates
             raise click.UsageError(f"--set {setting}: {text!r} is not a YAML value") from None
     try:
         if preset not in (known := presets()):
@@ -137,8 +140,10 @@ def compose(preset: str, settings=()) -> Config:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` so that a crash at any instant leaves the old file or the new one, whole."""
-    draft = path.with_name(path.name + ".part")
+    draft = path.parent / (path.name + ".part")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
         with open(draft, "wb") as file:
             file.write(content)
             file.flush()
@@ -148,20 +153,24 @@ def write_whole(path: Path, content: bytes) -> None:
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise Failure(f"cannot write {path}: {error.strerror}; what was there is intact") from error
 
 
 def load_checkpoint(path) -> dict:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
-    kinds = {"format": int, "config": dict, "model": dict, "updates": int}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if all(isinstance(state[k], v) for k, v in kinds.items()) and state["format"] == FORMAT:
+        config, buffer = parse_config(state["config"]), state.get("buffer")
+        shape = (config.chains.buffer, *config.data.image)
+        fits = buffer is None or (buffer.shape == shape and buffer.dtype == torch.float32)
+        finite = all(v.isfinite().all() for v in state["model"].values())
+        if state["format"] == FORMAT and state["updates"] >= 0 and fits and finite:
             return state
-        reason = f"its format is {state['format']}"
+        reason = "another format, or values that no run leaves"
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
-        reason = type(error).__name__
+        reason = getattr(error, "message", type(error).__name__)
     raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}); nothing of it was "
                   "used. Train again, or take another copy")
 
@@ -169,12 +178,12 @@ def load_checkpoint(path) -> dict:
 def load_model(path, device="cpu"):
     """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
     state = load_checkpoint(path)
+    config = parse_config(state["config"])
+    model = new_model(config, device)
     try:
-        config = parse_config(state["config"])
-        model = new_model(config, device)
         model.load_state_dict(state["model"])
-    except (click.UsageError, KeyError, RuntimeError) as error:
-        raise Failure(f"{path} does not fit this version: {str(error).splitlines()[0]}") from error
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
 
 
@@ -275,15 +284,15 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
             if buffer:
                 buffer.images.copy_(state["buffer"])
             generator.set_state(state["generator"])
-            done, seconds, log_size, precision = (
-                state[k] for k in ("updates", "seconds", "log_size", "precision"))
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            done, seconds, log_size = state["updates"], float(state["seconds"]), state["log_size"]
+            precision = state["precision"]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Failure(f"{path} cannot be gone on from: a part of its state is missing or is of "
                           f"another device ({error!r:.80}). Choose another --out") from error
         click.echo(f"going on after update {done} of {path}, in {precision}")
-    bfloat16 = precision == "bfloat16"
     write_whole(folder / "config.yaml", as_yaml(asdict(config)).encode())
-    picture_every = math.ceil(settings.updates / settings.pictures) if settings.pictures else 0
+    draws = settings.pictures and (buffer or hasattr(model, "generate"))
+    picture_every = draws and math.ceil(settings.updates / settings.pictures)
     log, started, interrupted = folder / "log.csv", time.monotonic(), []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
         signal.signal(number, lambda *_: interrupted.append(1))
@@ -304,8 +313,8 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
             if buffer:
                 slots, chains = buffer.draw(settings.batch)
                 chains = sampling.advance(model, model.energy, chains, c.steps, c.step_size,
-                                          c.noise_std, generator, bfloat16)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                                          c.noise_std, generator, precision == "bfloat16")
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
                 loss, metrics = model.loss(x, labels[chosen], chains)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -329,13 +338,10 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
                 log_row(log, bar, {"update": update, **values, "seconds": round(seconds + spent, 1),
                                    "updates_per_second": round((update - done) / spent, 3)})
             if picture_every and (update % picture_every == 0 or last):
-                picture = folder / "samples" / f"{update:07d}.png"
-                if buffer:
-                    write_whole(picture, evaluate.grid_png(buffer.images[:64]))
-                elif hasattr(model, "generate"):
-                    with evaluate.seeded(settings.seed, device), torch.no_grad():
-                        write_whole(picture, evaluate.grid_png(model.eval().generate(64)))
-                    model.train()
+                with evaluate.seeded(settings.seed, device), torch.no_grad():
+                    shown = buffer.images[:64] if buffer else model.eval().generate(64)
+                write_whole(folder / "samples" / f"{update:07d}.png", evaluate.grid_png(shown))
+                model.train()
             if update % settings.checkpoint_every == 0 or last or stop:
                 torch.save({
                     "format": FORMAT, "preset": preset, "config": asdict(config), "updates": update,
@@ -357,7 +363,8 @@ def _device(_context, _parameter, name: str):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        torch.zeros(1, device=name).tolist()
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
@@ -371,10 +378,7 @@ DEVICE = click.option("--device", default="auto", show_default=True, callback=_d
 
 
 def table_command(figures):
-    """Makes `figures(model, config, train set, test set, data_dir, device, ...)` a command.
-
-    It prints a row a checkpoint of what `figures` returns; "confusion" goes below the table.
-    """
+    """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""
     def command(checkpoints, form, data_dir, device, **options):
         rows = []
         for path in checkpoints:
@@ -443,7 +447,7 @@ def train(preset, settings, out, seed, data_dir, device):
 @click.option("--refine", type=click.IntRange(0), metavar="STEPS",
               help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).")
 @click.option("--count", type=click.IntRange(1, 10_000), default=64, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--out", type=OUT, default="samples.png", show_default=True)
 @DATA_DIR
 @DEVICE

@@ -103,7 +103,7 @@ def plane(latents: Tensor) -> tuple[Tensor, str]:
         import umap
     except ImportError:
         u, scale, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
-        return (u * scale)[:, :2], "PCA"
+        return torch.nn.functional.pad(u * scale, (0, 1))[:, :2], "PCA"
     return torch.tensor(umap.UMAP(random_state=0).fit_transform(latents.numpy())), "UMAP"
 
 

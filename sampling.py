@@ -30,10 +30,7 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc reuse large freed blocks, which it would unmap and fault in anew at every step.
-
-    For the whole process; a quarter to a third of a step on a CPU. Elsewhere it does nothing.
-    """
+    """Lets glibc reuse large freed blocks, which it would unmap: a third of a step on a CPU."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: such blocks are of the heap

@@ -299,6 +299,13 @@ def test_probe_and_ood_print_a_row_a_checkpoint(trained):
     assert len(table) == 3
 
 
+def test_a_map_of_one_latent_dimension_is_a_line(tmp_path):
+    run("train", *tiny("latent=1", "updates=1"), "--out", tmp_path)
+    result = run("export", tmp_path / "ckpt.pt", "--out", tmp_path / "a.npz",
+                 "--map", tmp_path / "map.png")
+    assert result.exit_code == 0, result.stderr
+
+
 def test_export_can_draw_a_map(trained, tmp_path):
     result = run("export", trained / "ckpt.pt", "--out", tmp_path / "a.npz",
                  "--map", tmp_path / "map.png")
@@ -401,6 +408,8 @@ def test_the_literal_preset_differs_in_the_step_and_the_two_noises_alone():
     (["--set", "rate=fast"], "train.rate = 'fast': it has to be a number from 0 to 10"),
     (["--set", "rate=.nan"], "train.rate = nan"),
     (["--set", "rate=true"], "train.rate = True"),
+    (["--set", "rate=2001-99-99"], "is not a YAML value"),
+    (["--device", "meta"], "--device meta: "),
     (["--set", "steps=0"], "chains.steps = 0: it has to be a whole number from 1"),
     (["--set", "steps=2.5"], "chains.steps = 2.5"),
     (["--set", "head=both"], "one of shared, separate"),
@@ -452,13 +461,26 @@ class Payload:
         return (open, (self.path, "w"))
 
 
+def spoiled(folder):
+    """Whole checkpoints but for one value each."""
+    changes = [("format", 1), ("config", {}), ("config", {"data": 3}), ("updates", -1),
+               ("buffer", "x"), ("buffer", torch.zeros(1, 1, 28, 28)), ("model", 3)]
+    for key, value in changes:
+        state = cebm.load_checkpoint(folder / "ckpt.pt")
+        state[key] = value
+        yield state
+    state = cebm.load_checkpoint(folder / "ckpt.pt")
+    state["model"]["network.heads.0.0.bias"][0] = float("nan")
+    yield state
+
+
 def test_files_that_are_no_checkpoint_are_refused_and_run_no_code(trained, tmp_path):
     whole, bad = (trained / "ckpt.pt").read_bytes(), tmp_path / "bad.pt"
     contents = [b"", b"hello", whole[:100], whole[:len(whole) // 2], whole[:-1],
                 pickle.dumps(Payload(tmp_path / "ran"))]
     torch.save({"format": 2, "config": Payload(tmp_path / "ran")}, tmp_path / "payload.pt")
     contents.append((tmp_path / "payload.pt").read_bytes())
-    for other in ([1, 2], {"format": 99}, {"format": 2}, {"format": 2, "config": {"data": 3}}):
+    for other in ([1, 2], {"format": 99}, {"format": 2}, *spoiled(trained)):
         torch.save(other, bad)
         contents.append(bad.read_bytes())
     for content in contents:
@@ -484,6 +506,42 @@ def test_a_damaged_checkpoint_is_not_trained_over(trained, tmp_path):
     result = run("train", *tiny(), "--out", tmp_path)
     assert result.exit_code == 1
     assert "a part of its state is missing" in result.stderr
+
+
+def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    state["model"]["network.heads.0.0.bias"] = torch.zeros(9)
+    torch.save(state, tmp_path / "ckpt.pt")
+    for result in (run("knn", tmp_path / "ckpt.pt"), run("train", *tiny(), "--out", tmp_path)):
+        assert result.exit_code == 1
+        assert "ckpt.pt" in result.stderr
+        assert len(result.stderr.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "file/a.png", "x" * 300, "none/a.png"])
+def test_pictures_go_only_where_a_file_can_be(trained, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    result = run("sample", trained / "ckpt.pt", "--count", 1, "--out", out)
+    assert result.exit_code == 1
+    assert "cannot write" in result.stderr
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("change", [("presets:", "preset:"), ("models:", "model:"),
+                                    ("limits:", "limit:"), ("of: [cebm-fmnist]", "of: [cebm-f]"),
+                                    ("common:", "commons:"), ("{trunk: small}", "{trunk: smal}"),
+                                    ("data:", "data: [")])
+def test_a_misspelt_configs_yaml_is_named_in_a_line(tmp_path, change):
+    (tmp_path / "cebm.py").write_text((ROOT / "cebm.py").read_text())
+    text = (ROOT / "configs.yaml").read_text()
+    (tmp_path / "configs.yaml").write_text(text.replace(*change))
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cebm; cebm.main(['show'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            cwd=tmp_path, check=False)
+    assert result.returncode in (1, 2)
+    assert "configs.yaml" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_wrong_files_and_folders_are_named(trained, tmp_path):
