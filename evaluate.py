@@ -48,7 +48,7 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0
     """
     x = torch.nn.functional.pad(x.double(), (0, 1), value=1.0)
     w = torch.zeros(x.shape[1], classes, device=x.device, dtype=x.dtype, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([w], max_iter=1000, max_eval=2000, tolerance_grad=1e-8,
+    lbfgs = torch.optim.LBFGS([w], max_iter=1000, max_eval=2000, tolerance_grad=1e-6,
                               tolerance_change=1e-14, line_search_fn="strong_wolfe")
 
     def closure():
