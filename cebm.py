@@ -277,7 +277,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str) -> boo
         precision = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
     if path.exists():
         state = load_checkpoint(path)
-        refuse_other_config(asdict(parse_config(state["config"])), asdict(config), folder)
+        refuse_other_config(state["config"], asdict(config), folder)
         try:
             model.load_state_dict(state["model"])
             optimiser.load_state_dict(state["optimiser"])
