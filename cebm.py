@@ -3,6 +3,7 @@
 The commands, the configuration, checkpoints and the training loop.
 """
 
+import copy
 import difflib
 import errno
 import fcntl
@@ -15,9 +16,10 @@ import platform
 import signal
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict, make_dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import click
@@ -37,7 +39,7 @@ class Lazy:
 
 torch, np, data, evaluate, models, sampling = map(
     Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
-FORMAT = 2  # of the checkpoint; another number is refused
+FORMAT = 3  # of the checkpoint; another number is refused
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
@@ -161,6 +163,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def load_checkpoint(path) -> dict:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch itself checks no sums
+            raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         config, buffer = parse_config(state["config"]), state.get("buffer")
         shape = (config.chains.buffer, *config.data.image)
@@ -180,8 +184,10 @@ def load_model(path, device="cpu"):
     state = load_checkpoint(path)
     config = parse_config(state["config"])
     model = new_model(config, device)
+    prefix, average = "module.", state.get("average") or {}
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in average.items()
+                               if k.startswith(prefix)} or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
@@ -204,20 +210,24 @@ def load_images(config, split: str, data_dir: str):
     return images, labels
 
 
-def learning_rate(update: int, train) -> float:
+def learning_rate(update: int, train, halvings: int = 0) -> float:
     """The rate of update 1, 2, ...: linear warm-up, then constant or a cosine to 0."""
     angle = math.pi * (update - 1) / train.updates if train.decay == "cosine" else 0.0
-    return train.rate * min(1.0, update / max(1, train.warmup)) * 0.5 * (1 + math.cos(angle))
+    rate = train.rate * min(1.0, update / max(1, train.warmup)) * 0.5 * (1 + math.cos(angle))
+    return rate * 0.5 ** max(0, halvings)
 
 
-def batches(done: int, count: int, train):
-    """Update done + 1, ... and its indices into `count` images; the seed orders each epoch anew."""
-    for update in range(done, train.updates):
-        epoch, position = divmod(update, count // train.batch)
-        if update == done or position == 0:
-            seed = train.seed * 1_000_003 + epoch
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        yield update + 1, order[position * train.batch:][: train.batch]
+@lru_cache(1)
+def epoch_order(seed: int, epoch: int, count: int, device):
+    """A permutation of `count` images, on the device: the one wait for it in an epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).to(device)
+
+
+def batch(done: int, count: int, train, device):
+    """Indices (B,) into `count` images of update done + 1; the seed orders each epoch anew."""
+    epoch, position = divmod(done, count // train.batch)
+    return epoch_order(train.seed, epoch, count, device)[position * train.batch:][: train.batch]
 
 
 def log_row(path: Path, bar, values: dict[str, float]) -> None:
@@ -259,100 +269,188 @@ def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
                       "Choose another folder with --out, or the same settings")
 
 
-def train_model(config, folder: Path, data_dir: str, device, preset: str) -> bool:
+class Run:
+    """What training changes: model, optimiser, chains, random numbers, the weights' average.
+
+    Of several processes (`torchrun`) each has a share of the buffer and a generator of its own.
+    """
+
+    def __init__(self, config, device, rank: int, ranks: int):
+        train, c = config.train, config.chains
+        self.rank, self.ranks, self.model = rank, ranks, new_model(config, device)
+        self.generator = torch.default_generator if device.type == "cpu" else (
+            torch.cuda.default_generators[device.index or 0])  # some losses draw from it too
+        self.reseed(train.seed)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), train.rate,
+                                          (train.beta1, train.beta2), train.epsilon)
+        self.buffer = self.model.chain and sampling.ReplayBuffer(
+            c.buffer // ranks, config.data.image, c.reuse, self.generator)
+        swa = torch.optim.swa_utils
+        self.average = swa.AveragedModel(self.model, multi_avg_fn=swa.get_ema_multi_avg_fn(
+            train.average)) if train.average else None
+        self.model.forward = self.model.loss  # what DistributedDataParallel calls
+        self.loss = self.model if ranks == 1 else (
+            torch.nn.parallel.DistributedDataParallel(self.model))
+
+    def reseed(self, seed: int) -> None:
+        """New random numbers, another sequence in each process."""
+        torch.manual_seed(seed + 1_000_003 * self.rank)
+
+    def snapshot(self) -> dict:
+        """Copies of everything; of buffers and generators, those of all processes."""
+        own = self.buffer and self.buffer.images.cpu(), self.generator.get_state()
+        parts = [own] * self.ranks
+        if self.ranks > 1:
+            torch.distributed.all_gather_object(parts, own)
+        buffers, generators = zip(*parts, strict=True)
+        return copy.deepcopy({
+            "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
+            "average": self.average and self.average.state_dict(),
+            "buffer": self.buffer and torch.cat(buffers), "generators": list(generators)})
+
+    def restore(self, state: dict) -> None:
+        """Goes on from a snapshot, which stays as it is."""
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        if self.buffer:
+            self.buffer.images.copy_(state["buffer"].chunk(self.ranks)[self.rank])
+        self.generator.set_state(state["generators"][self.rank])
+
+
+def out_of_bounds(greatest: dict[str, float], level: dict[str, float], guard) -> str:
+    """Which of the greatest magnitudes since the last check is past what is healthy, if any."""
+    for name, value in greatest.items():
+        bound = min(guard.energy_bound, guard.runaway * level.get(name, math.inf))
+        if not value <= bound:  # so for NaN
+            return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
+    return ""
+
+
+def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0, ranks=1) -> bool:
     """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
-    settings, c, path = config.train, config.chains, folder / "ckpt.pt"
+    settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
     if len(images) < settings.batch:
         raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
-    model = new_model(config, device)
-    torch.manual_seed(settings.seed)  # of the device's own generator: some losses draw from it too
-    generator = torch.default_generator if device.type == "cpu" else (
-        torch.cuda.default_generators[device.index or 0])
-    betas = settings.beta1, settings.beta2
-    optimiser = torch.optim.Adam(model.parameters(), settings.rate, betas, settings.epsilon)
-    buffer = model.chain and sampling.ReplayBuffer(c.buffer, config.data.image, c.reuse, generator)
-    done, seconds, log_size, precision = 0, 0.0, 0, settings.precision
-    if precision == "auto":
-        precision = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
+    run, floor = Run(config, device, rank, ranks), {}
+    model, buffer = run.model, run.buffer
+    if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
+        pixels = guard.pixels + 4 * c.noise_std * math.sqrt(c.steps)
+        floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
+    now = {"updates": 0, "level": floor, **run.snapshot()}
+    kept = {"good": now, "seconds": 0.0, "log_size": 0, "rollbacks": [],
+            "precision": settings.precision}
+    if kept["precision"] == "auto":
+        kept["precision"] = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
     if path.exists():
         state = load_checkpoint(path)
         refuse_other_config(state["config"], asdict(config), folder)
         try:
-            model.load_state_dict(state["model"])
-            optimiser.load_state_dict(state["optimiser"])
-            if buffer:
-                buffer.images.copy_(state["buffer"])
-            generator.set_state(state["generator"])
-            done, seconds, log_size = state["updates"], float(state["seconds"]), state["log_size"]
-            precision = state["precision"]
+            if (begun := len(state["generators"])) != ranks:
+                raise Failure(f"{path} is of a run of {begun} processes, here are {ranks}: go on "
+                              f"with torchrun --nproc-per-node={begun}, or choose another --out")
+            now, kept = ({key: state[key] for key in part} for part in (now, kept))
+            run.restore(now)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Failure(f"{path} cannot be gone on from: a part of its state is missing or is of "
                           f"another device ({error!r:.80}). Choose another --out") from error
-        click.echo(f"going on after update {done} of {path}, in {precision}")
-    write_whole(folder / "config.yaml", as_yaml(asdict(config)).encode())
+        click.echo(f"going on after update {now['updates']} of {path}, in {kept['precision']}")
+    bfloat16, rollbacks = kept["precision"] == "bfloat16", kept["rollbacks"]
+    write = write_whole if rank == 0 else lambda *_: None
+    write(folder / "config.yaml", as_yaml(asdict(config)).encode())
+    move = model.chain and sampling.mover(model, model.energy, c.steps, c.step_size, c.noise_std,
+                                          run.generator, bfloat16, device.type == "cuda")
     draws = settings.pictures and (buffer or hasattr(model, "generate"))
     picture_every = draws and math.ceil(settings.updates / settings.pictures)
-    log, started, interrupted = folder / "log.csv", time.monotonic(), []
+    log, started, made, interrupted = folder / "log.csv", time.monotonic(), 0, []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
         signal.signal(number, lambda *_: interrupted.append(1))
     if log.exists():
-        write_whole(log, log.read_bytes()[:log_size])  # rows past the checkpoint come again
+        write(log, log.read_bytes()[:kept["log_size"]])  # rows past the checkpoint come again
+
+    def save() -> None:
+        torch.save({
+            **now, **kept, "format": FORMAT, "preset": preset, "config": asdict(config),
+            "seed": settings.seed, "seconds": kept["seconds"] + time.monotonic() - started,
+            "log_size": log.stat().st_size if log.exists() else 0, "device": device.type,
+            "torch": str(torch.__version__), "python": platform.python_version(),
+        }, content := io.BytesIO())
+        write(path, content.getbuffer())
+
     with click.progressbar(length=settings.updates, show_pos=True, show_percent=False, width=8,
                            item_show_func=str, hidden=not sys.stdout.isatty()) as bar:
-        bar.update(done)
-        bar.start = time.time() - seconds  # what the remaining time is reckoned from
-        for update, chosen in batches(done, len(images), settings):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(update, settings)
-            chosen = chosen.to(device)
+        bar.start = time.time() - kept["seconds"]  # what the remaining time is reckoned from
+        update, greatest = now["updates"], torch.zeros((), device=device)
+        while update < settings.updates:
+            bar.update(update + 1 - bar.pos)
+            chosen = batch(update, len(images), settings, device).chunk(ranks)[rank]
+            update, made = update + 1, made + 1
+            for group in run.optimiser.param_groups:
+                group["lr"] = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
             x = data.normalise(images[chosen])  # (B, C, H, W)
-            noise = torch.randn(x.shape, generator=generator, device=device)
+            noise = torch.randn(x.shape, generator=run.generator, device=device)
             x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
             chains = None
             if buffer:
-                slots, chains = buffer.draw(settings.batch)
-                chains = sampling.advance(model, model.energy, chains, c.steps, c.step_size,
-                                          c.noise_std, generator, precision == "bfloat16")
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                loss, metrics = model.loss(x, labels[chosen], chains)
-            optimiser.zero_grad(set_to_none=True)
+                slots, chains = buffer.draw(len(chosen))
+                buffer.images[slots] = chains = move(chains)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss, metrics = run.loss(x, labels[chosen], chains)
+            run.optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            slope = torch.stack([p.grad.abs().max() for p in model.parameters()])
-            largest = torch.stack([loss.detach(), *metrics.values(), slope.max()]).abs().max()
-            if not largest <= settings.energy_bound:  # waits for the device; false for NaN
-                raise Failure(
-                    f"diverged at update {update}: loss, energies or gradients of {largest:.3g} "
-                    f"(the bound is {settings.energy_bound:.3g}). No update was made. The last "
-                    f"checkpoint, if any, is {path}; try a lower train.rate, or with chains more "
-                    "chains.steps, a higher model.l2 or model.l2_on=both")
-            optimiser.step()
+            run.optimiser.step()
+            if run.average:
+                run.average.update_parameters(model)
+            metrics = {"loss": loss.detach(), **metrics}
             if buffer:
-                buffer.images[slots] = chains
                 metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
-            bar.update(1)
-            last, stop = update == settings.updates, bool(interrupted)
-            if update % settings.log_every == 0 or last:
+            greatest = torch.maximum(torch.stack(list(metrics.values())).abs(), greatest)
+            last, reason, stop = update == settings.updates, "", 0
+            keep = last or update % settings.checkpoint_every == 0
+            if keep or update % guard.every == 0 or (interrupted and ranks == 1):
+                weights = torch.nn.utils.get_total_norm(model.parameters()).detach()
+                seen = torch.cat([greatest, torch.stack([weights, torch.full_like(
+                    weights, len(interrupted))])]).nan_to_num(torch.inf)
+                if ranks > 1:
+                    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+                *found, stop = seen.tolist()  # waits for the device
+                found = dict(zip([*metrics, "weights"], found, strict=True))
+                reason = out_of_bounds(found, kept["good"]["level"], guard)
+            if reason:
+                rollbacks.append({"update": update, "to": kept["good"]["updates"], "why": reason})
+            if (update % settings.log_every == 0 or last or reason) and rank == 0:
                 spent = time.monotonic() - started
-                values = {k: v.item() for k, v in {"loss": loss, **metrics}.items()}
-                log_row(log, bar, {"update": update, **values, "seconds": round(seconds + spent, 1),
-                                   "updates_per_second": round((update - done) / spent, 3)})
-            if picture_every and (update % picture_every == 0 or last):
+                log_row(log, bar, {
+                    "update": update, **{k: v.item() for k, v in metrics.items()},
+                    "seconds": round(kept["seconds"] + spent, 1),
+                    "updates_per_second": round(made / spent, 3), "rollbacks": len(rollbacks)})
+            if reason:
+                run.restore(kept["good"])
+                run.reseed(settings.seed + len(rollbacks))
+                now = kept["good"] = {**kept["good"], **run.snapshot()}
+                save()
+                if len(rollbacks) > guard.rollbacks:
+                    raise Failure(
+                        f"diverged at update {update}: {reason}, {guard.rollbacks} rollbacks did "
+                        f"not help. {path} is good, of update {now['updates']}. Try a lower train."
+                        "rate, more chains.steps, a higher model.l2 or model.l2_on=both")
+                click.echo(f"update {update}: {reason}; back to update {now['updates']}")
+                update, greatest = now["updates"], torch.zeros_like(greatest)
+                continue
+            if picture_every and (update % picture_every == 0 or last) and rank == 0:
                 with evaluate.seeded(settings.seed, device), torch.no_grad():
                     shown = buffer.images[:64] if buffer else model.eval().generate(64)
-                write_whole(folder / "samples" / f"{update:07d}.png", evaluate.grid_png(shown))
+                write(folder / "samples" / f"{update:07d}.png", evaluate.grid_png(shown))
                 model.train()
-            if update % settings.checkpoint_every == 0 or last or stop:
-                torch.save({
-                    "format": FORMAT, "preset": preset, "config": asdict(config), "updates": update,
-                    "seed": settings.seed, "seconds": seconds + time.monotonic() - started,
-                    "precision": precision, "device": device.type,
-                    "log_size": log.stat().st_size if log.exists() else 0,
-                    "torch": str(torch.__version__), "python": platform.python_version(),
-                    "model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                    "generator": generator.get_state(), "buffer": buffer and buffer.images,
-                }, content := io.BytesIO())
-                write_whole(path, content.getbuffer())
+            if keep or stop:
+                level = now["level"]
+                if keep:  # healthy ever since the last checkpoint
+                    kept["good"], level = now, {k: max(v, found[k]) for k, v in floor.items()}
+                    greatest = torch.zeros_like(greatest)
+                now = {"updates": update, "level": level, **run.snapshot()}
+                save()
             if stop:
                 return last
     return True
@@ -362,6 +460,8 @@ def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
         torch.zeros(1, device=name).tolist()
         return torch.device(name)
@@ -428,8 +528,16 @@ def train(preset, settings, out, seed, data_dir, device):
     config = compose(preset, settings + (() if seed is None else (f"train.seed={seed}",)))
     folder = Path(out or f"runs/{preset}")
     path, where = folder / "ckpt.pt", f" --data-dir {data_dir}" * (config.data.name != "glyphs")
-    with claimed(folder):
-        finished = train_model(config, folder, data_dir, device, preset)
+    rank, ranks = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if ranks > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:
+        sys.stdout = lock if rank else sys.stdout  # the first process alone prints
+        finished = train_model(config, folder, data_dir, device, preset, rank, ranks)
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
+    if rank:
+        return
     if not finished:
         click.echo(f"interrupted; saved {path}. The same command goes on from there.")
         sys.exit(130)
@@ -484,7 +592,7 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
         else:
             order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
             start = stored[order[:count]].to(device)
-        x = sampling.advance(model, energy, start, steps, c.step_size, c.noise_std, generator)
+        x = sampling.mover(model, energy, steps, c.step_size, c.noise_std, generator)(start)
         click.echo(f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
                    f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}")
     grid = evaluate.grid_png(torch.cat([originals, x.cpu()]), len(originals) or None)
@@ -607,8 +715,8 @@ def show(what):
         click.echo(as_yaml(asdict(compose(what))), nl=False)
     elif Path(what).is_file():
         state = load_checkpoint(what)
-        facts = {k: v for k, v in state.items() if isinstance(v, (str, int, float, dict))
-                 and k not in ("model", "optimiser")}
+        tensors = ("model", "optimiser", "average", "buffer", "generators", "good")
+        facts = {k: v for k, v in state.items() if k not in tensors}
         facts["tensors"] = sum(v.numel() for v in state["model"].values())
         click.echo(as_yaml(facts), nl=False)
     else:

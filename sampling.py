@@ -1,11 +1,14 @@
 """Langevin dynamics on an energy (chains descend E), block Gibbs and the replay buffer.
 
 `langevin` is the reference; `fast_langevin` is the same chain with frozen parameters, channels-last
-memory and, where the hardware has it, bfloat16. Chains are images (B, C, H, W) of [-1, 1] pixels.
+memory and, where the hardware has it, bfloat16; on a GPU all its steps are one CUDA graph, `Graph`.
+Chains are images (B, C, H, W) of [-1, 1] pixels.
 """
 
 import ctypes
+import warnings
 from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,26 +40,72 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
 
 
-def fast_langevin(module: nn.Module, energy, x: Tensor, bfloat16: bool, *chain) -> Tensor:
+def fast_langevin(module: nn.Module, energy, bfloat16: bool, steps, step_size, noise_std,
+                  generator, x: Tensor) -> Tensor:
     """`langevin` on `energy`, a function of `module`'s parameters; equal to it up to rounding."""
     x = x.contiguous(memory_format=torch.channels_last)
     needing = [p.requires_grad_(False) for p in module.parameters() if p.requires_grad]
     try:  # chains differentiate by pixels only
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-            return langevin(energy, x, *chain).contiguous()
+            return langevin(energy, x, steps, step_size, noise_std, generator).contiguous()
     finally:
         for p in needing:
             p.requires_grad_(True)
 
 
-def advance(model, energy, x, steps, step_size, noise_std, generator, bfloat16=False) -> Tensor:
-    """Chains (B, C, H, W) `steps` on: Langevin on `energy`, or the model's block Gibbs sweeps."""
+class Graph:
+    """`move`, a function of chains, recorded once as a CUDA graph and from then on launched whole.
+
+    Parameters are read where they lie: they may change between calls. Where recording fails,
+    chains move step by step, and one warning says why.
+    """
+
+    def __init__(self, move, generator: torch.Generator):
+        self.move, self.generator, self.graph = move, generator, None
+
+    def record(self, x: Tensor) -> None:
+        """Three moves in a stream of their own, as capture asks for, then the recording."""
+        self.start, state, stream = x.clone(), self.generator.get_state(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.move(self.start)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self.end = self.move(self.start)
+        self.generator.set_state(state)
+        self.graph = graph
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.graph is None:
+            try:
+                self.record(x)
+            except (AssertionError, RuntimeError) as error:
+                warnings.warn(f"chains move step by step: {error!s:.80}", stacklevel=2)
+                self.graph = False
+        if not self.graph:
+            return self.move(x)
+        self.start.copy_(x)
+        self.graph.replay()
+        return self.end.clone()
+
+
+def mover(model, energy, steps, step_size, noise_std, generator, bfloat16=False, graph=False):
+    """A function that moves chains (B, C, H, W) on: Langevin on `energy`, or the model's Gibbs."""
     if model.chain != "gibbs":
-        return fast_langevin(model, energy, x, bfloat16, steps, step_size, noise_std, generator)
-    with torch.no_grad():
+        move = partial(fast_langevin, model, energy, bfloat16, steps, step_size, noise_std,
+                       generator)
+        return Graph(move, generator) if graph else move
+
+    @torch.no_grad()
+    def sweeps(x: Tensor) -> Tensor:
         for _ in range(steps):
             x = model.gibbs(x, generator)
-    return x
+        return x
+
+    return sweeps
 
 
 class ReplayBuffer:

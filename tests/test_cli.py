@@ -80,6 +80,10 @@ def same(a, b, where):
         assert a.keys() == b.keys(), where
         for key in a:
             same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            same(*pair, f"{where}.{i}")
     else:
         assert a == b, where
 
@@ -163,36 +167,72 @@ def test_a_second_train_in_the_same_folder_is_refused(tmp_path):
     assert "in use by another" in result.stderr
 
 
-def test_runaway_energies_stop_before_the_update_and_keep_the_checkpoint(tmp_path):
-    extra = ["energy_bound=1", "rate=0.05", "warmup=0", "updates=500", "checkpoint_every=1"]
-    result = run("train", *tiny(*extra), "--out", tmp_path)
-    assert result.exit_code == 1
-    assert "diverged at update" in result.stderr
-    assert len(result.stderr.strip().splitlines()) <= 2
-    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
-    assert state["updates"] == int(result.stderr.split("update ")[1].split(":")[0]) - 1 > 0
-    assert all(v.isfinite().all() for v in state["model"].values())
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_counts_as_divergence(tmp_path, monkeypatch, where):
+def poisoned_once(monkeypatch, call, where="loss"):
+    """The loss or a gradient of the `call`th update is NaN or infinite."""
     import models
 
     honest, calls = models.Conjugate.loss, []
 
-    def poisoned(self, x, y, chains):
+    def loss(self, x, y, chains):
         calls.append(1)
         loss, metrics = honest(self, x, y, chains)
         bias = self.network.heads[0][0].bias
         kink = (bias - bias.detach()).abs().sqrt().sum()  # 0, its gradient infinite or NaN
         poison = float("nan") if where == "loss" else kink
-        return (loss + poison if len(calls) == 6 else loss), metrics
+        return (loss + poison if len(calls) == call else loss), metrics
 
-    monkeypatch.setattr(models.Conjugate, "loss", poisoned)
+    monkeypatch.setattr(models.Conjugate, "loss", loss)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_run_that_meets_nan_goes_back_to_what_stayed_healthy_and_ends(
+        tmp_path, monkeypatch, where):
+    poisoned_once(monkeypatch, 10, where)
     result = run("train", *tiny(), "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "update 12: " in result.stdout
+    assert "back to update 4" in result.stdout  # that of 8 had not yet shown itself healthy
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
+    assert [(r["update"], r["to"]) for r in state["rollbacks"]] == [(12, 4)]
+    assert "magnitude inf" in state["rollbacks"][0]["why"]
+    assert state["updates"] == 24
+    assert next(int(r["rollbacks"]) for r in rows(tmp_path) if int(r["update"]) > 11) == 1
+    assert "to: 4" in run("show", tmp_path / "ckpt.pt").stdout
+
+
+DIVERGING = tiny("rate=0.5", "warmup=0", "decay=none", "updates=32", "guard.every=1")
+
+
+def test_a_rate_that_diverges_is_halved_until_it_does_not_and_the_same_each_time(tmp_path):
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        result = run("train", *DIVERGING, "--out", folder)
+        assert result.exit_code == 0, result.stderr
+    assert_same_run(*folders)
+    state = cebm.load_checkpoint(folders[0] / "ckpt.pt")
+    told = [line for line in result.stdout.splitlines() if "back to update" in line]
+    assert len(told) == len(state["rollbacks"]) > 2
+    rate = state["optimiser"]["param_groups"][0]["lr"]
+    assert rate == 0.5 * 0.5 ** (len(state["rollbacks"]) - 2)
+
+
+def test_too_many_rollbacks_end_the_run_in_its_last_good_state(tmp_path):
+    result = run("train", *DIVERGING, "--set", "rollbacks=1", "--out", tmp_path)
     assert result.exit_code == 1
-    assert "diverged at update 6" in result.stderr
-    assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 4
+    assert "1 rollbacks did not help" in result.stderr
+    assert f"{tmp_path}/ckpt.pt is good" in result.stderr
+    assert "lower train.rate" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
+    for part in ("model", "optimiser", "buffer", "updates"):
+        same(state[part], state["good"][part], part)
+    start = cebm.new_model(cebm.parse_config(state["config"]), "cpu").state_dict()
+    same(state["model"], start, "weights")
+    assert state["buffer"].abs().max() <= 1  # no exploded chain is left in it
+
+
+def test_the_guard_is_silent_on_a_healthy_run(trained):
+    assert cebm.load_checkpoint(trained / "ckpt.pt")["rollbacks"] == []
 
 
 def test_samples_from_buffer_noise_and_given_latents(trained, tmp_path):
@@ -375,7 +415,7 @@ def test_runs_with_random_losses_priors_or_gibbs_chains_resume_bit_for_bit(
         result = run("train", *arguments, "--set", updates, "--out", tmp_path / "parts")
         assert result.exit_code == 0, result.stderr
     one, two = (cebm.load_checkpoint(tmp_path / f / "ckpt.pt") for f in ("whole", "parts"))
-    for key in ("model", "optimiser", "generator", "buffer"):
+    for key in ("model", "optimiser", "generators", "buffer"):
         same(one[key], two[key], key)
 
 
@@ -478,9 +518,10 @@ def test_files_that_are_no_checkpoint_are_refused_and_run_no_code(trained, tmp_p
     whole, bad = (trained / "ckpt.pt").read_bytes(), tmp_path / "bad.pt"
     contents = [b"", b"hello", whole[:100], whole[:len(whole) // 2], whole[:-1],
                 pickle.dumps(Payload(tmp_path / "ran"))]
-    torch.save({"format": 2, "config": Payload(tmp_path / "ran")}, tmp_path / "payload.pt")
+    payload = {"format": cebm.FORMAT, "config": Payload(tmp_path / "ran")}
+    torch.save(payload, tmp_path / "payload.pt")
     contents.append((tmp_path / "payload.pt").read_bytes())
-    for other in ([1, 2], {"format": 99}, {"format": 2}, *spoiled(trained)):
+    for other in ([1, 2], {"format": 99}, {"format": cebm.FORMAT}, *spoiled(trained)):
         torch.save(other, bad)
         contents.append(bad.read_bytes())
     for content in contents:

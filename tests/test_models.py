@@ -263,7 +263,7 @@ def test_block_gibbs_on_a_tiny_rbm_reaches_the_enumerated_marginal():
     states = binary(4).view(-1, 1, 2, 2) * 2 - 1
     exact = torch.softmax(-model.energy(states), 0)
     chains = torch.ones(20_000, 1, 2, 2).double()
-    x = sampling.advance(model, model.energy, chains, 100, 0, 0, torch.Generator().manual_seed(0))
+    x = sampling.mover(model, None, 100, 0, 0, torch.Generator().manual_seed(0))(chains)
     code = ((x.flatten(1) + 1) / 2 @ torch.tensor([8.0, 4.0, 2.0, 1.0]).double()).long()
     found = torch.bincount(code, minlength=16) / 20_000
     assert ((found - exact).abs() < 5 * (exact * (1 - exact) / 20_000) ** 0.5 + 1e-9).all()
@@ -271,8 +271,8 @@ def test_block_gibbs_on_a_tiny_rbm_reaches_the_enumerated_marginal():
 
 def test_gaussian_chains_of_an_efh_forget_their_start():
     model = build("efh", latent=8)
-    ends = [sampling.advance(model, None, torch.full((500, 1, 28, 28), start), 30, 0, 0,
-                             torch.Generator().manual_seed(0)) for start in (-3.0, 3.0)]
+    ends = [sampling.mover(model, None, 30, 0, 0, torch.Generator().manual_seed(0))(
+        torch.full((500, 1, 28, 28), start)) for start in (-3.0, 3.0)]
     assert abs(ends[0].mean() - ends[1].mean()) < 0.01
     assert abs(ends[0].std() - model.config.visible_std) < 0.05
 

@@ -52,7 +52,7 @@ def test_given_z_chains_descend_the_joint_energy():
     model, x = network(), torch.rand(16, 1, 28, 28, generator=seeded())
     with torch.no_grad():
         z = model.represent(torch.rand(16, 1, 28, 28, generator=seeded(1)))
-    end = sampling.fast_langevin(model, lambda v: model.joint_energy(v, z), x, False, 5, 0.5, 0.0)
+    end = sampling.mover(model, lambda v: model.joint_energy(v, z), 5, 0.5, 0.0, None)(x)
     assert (model.joint_energy(end, z) < model.joint_energy(x, z)).all()
 
 
@@ -69,7 +69,7 @@ def test_chains_leave_parameters_as_they_are_and_without_gradients():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.network.heads[0][0].bias.requires_grad_(False)
     start = torch.zeros(4, 1, 28, 28)
-    x = sampling.fast_langevin(model, model.energy, start, False, 3, 1.0, 0.01, seeded())
+    x = sampling.mover(model, model.energy, 3, 1.0, 0.01, seeded())(start)
     assert not x.requires_grad
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
@@ -85,9 +85,56 @@ def test_the_fast_path_is_the_reference_to_float32_rounding(channels):
     x = torch.rand(8, channels, 28, 28, generator=seeded()) * 2 - 1
     plain = sampling.langevin(model.energy, x, 10, 1.0, 0.0075, seeded(1))
     model = model.to(memory_format=torch.channels_last)
-    fast = sampling.fast_langevin(model, model.energy, x, False, 10, 1.0, 0.0075, seeded(1))
+    fast = sampling.mover(model, model.energy, 10, 1.0, 0.0075, seeded(1))(x)
     torch.testing.assert_close(fast, plain, atol=2e-5, rtol=0)
     assert fast.is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["cebm-cifar10", "gmm-cebm-fmnist", "igebm-mnist", "jem-fmnist"])
+def test_the_first_convolutions_gradient_by_pixels_is_autograds(name):
+    config = cebm.compose(name)
+    torch.manual_seed(0)
+    model = models.build(config.model, config.data.image, 10).double()
+    x = torch.rand(3, *config.data.image, generator=seeded()).double() * 2 - 1
+    ends = []
+    for frozen in (False, True):
+        for p in model.parameters():
+            p.requires_grad_(not frozen)  # frozen, as chains have them, the product is taken
+        ends.append(sampling.langevin(model.energy, x, 1, 1.0, 0.0))
+    torch.testing.assert_close(ends[1] - x, ends[0] - x, atol=0, rtol=1e-9)
+    assert (ends[0] - x).norm() > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
+def test_a_graph_that_cannot_be_recorded_warns_once_and_moves_step_by_step():
+    model, x = network(), torch.zeros(4, 1, 28, 28)
+    plain = sampling.mover(model, model.energy, 3, 1.0, 0.01, seeded())(x)
+    move = sampling.mover(model, model.energy, 3, 1.0, 0.01, seeded(), graph=True)
+    with pytest.warns(UserWarning, match="step by step: .+") as warned:
+        ends = move(x), move(x)
+    assert len(warned) == 1
+    assert torch.equal(ends[0], plain)
+    assert not torch.equal(ends[1], plain)  # the generator went on
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_chain_is_the_step_by_step_one_and_follows_the_weights():
+    model, x = network().cuda(), torch.zeros(4, 1, 28, 28, device="cuda")
+    generator = torch.Generator("cuda")
+    chain = model, model.energy, 5, 1.0, 0.01, generator
+    move, plain = sampling.mover(*chain, graph=True), sampling.mover(*chain)
+    for _ in range(3):
+        generator.manual_seed(7)
+        expected = plain(x)
+        generator.manual_seed(7)
+        torch.testing.assert_close(move(x), expected, atol=2e-5, rtol=0)
+        with torch.no_grad():
+            model.network.heads[0][0].bias.add_(0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        move(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_in_bfloat16_one_step_differs_by_under_two_percent_of_its_length():
@@ -97,7 +144,7 @@ def test_in_bfloat16_one_step_differs_by_under_two_percent_of_its_length():
             head[-1].weight.mul_(10)
     x = torch.rand(8, 1, 28, 28, generator=seeded()) * 2 - 1
     plain = sampling.langevin(model.energy, x, 1, 1.0, 0.0)
-    fast = sampling.fast_langevin(model, model.energy, x, True, 1, 1.0, 0.0)
+    fast = sampling.mover(model, model.energy, 1, 1.0, 0.0, None, bfloat16=True)(x)
     assert (fast - plain).norm() / (plain - x).norm() < 0.02
 
 
