@@ -1,8 +1,6 @@
-"""Train, sample and evaluate conjugate energy-based models: `python cebm.py COMMAND --help`.
+"""The commands, the configuration, checkpoints and the training loop: `python cebm.py --help`."""
 
-The commands, the configuration, checkpoints and the training loop.
-"""
-
+import atexit
 import copy
 import difflib
 import errno
@@ -29,13 +27,22 @@ from click import ClickException as Failure  # one message on stderr, exit statu
 
 class Lazy:
     """A module that is imported when it is first used, so that `--help` answers at once."""
-
     def __init__(self, name: str):
         self._name = name
-
     def __getattr__(self, attribute: str):
         return getattr(importlib.import_module(self._name), attribute)
 
+def _tree(model: str, source: str, overrides: dict) -> dict:
+    """The sections of a preset: recipes.common, then what the model, its data and trunk set."""
+    kind, images = BOOK["models"][model], dict(BOOK["data"][source])
+    shape, recipe = BOOK["trunks"][images.pop("trunk")], BOOK["recipes"][kind["recipe"]]
+    tree = {section: v | recipe.get(section, {}) for section, v in COMMON.items()}
+    tree["data"] |= {"name": source, **images}
+    tree["model"] |= {"name": model, **shape, **kind["set"]}
+    for key, value in overrides.items():
+        section, key = key.split(".")
+        tree[section][key] = value
+    return tree
 
 torch, np, data, evaluate, models, sampling = map(
     Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
@@ -47,18 +54,31 @@ try:
     SECTIONS = {name: make_dataclass(name, {k: type(v) for k, v in values.items()}, frozen=True)
                 for name, values in COMMON.items()}
     Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
+    # Name -> model, data, overrides of every preset, the newcomer's first.
+    PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
+    PRESETS |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
+    PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], variant["set"])
+                for v, variant in BOOK["variants"].items() for base in variant["of"]}
+    for preset in PRESETS.values():
+        _tree(*preset)  # can be composed
 except (OSError, LookupError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
     sys.exit("Error: configs.yaml: " + " ".join(repr(error).split()))
 as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
-
 
 def _nearest(word, known) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
 
-
 def _checked(key: str, value, like, limit):
     """`value` with the type of `like` and within `limit`, or a usage error that names them."""
+    if isinstance(like, dict):
+        if not isinstance(value, dict):
+            raise click.UsageError(f"{key or 'the configuration'} has to be a section of keys")
+        for k in set(value) ^ set(like):
+            wrong = f"unknown key {key}{k}{_nearest(k, like)}"
+            raise click.UsageError(wrong if k in value else f"key {key}{k} is missing")
+        return {k: _checked(f"{key}{k}" + "." * isinstance(v, dict), value[k], v, limit[k])
+                for k, v in like.items()}
     if isinstance(like, list) and isinstance(value, (list, tuple)) and len(value) == len(like):
         return [_checked(key, v, like[0], limit) for v in value]
     if isinstance(like, float) and type(value) in (int, str):
@@ -72,42 +92,19 @@ def _checked(key: str, value, like, limit):
         f"{kind or f'a list of {len(like)} numbers, each'} from {limit[0]:,} to {limit[1]:,}")
     raise click.UsageError(f"{key} = {value!r}: it has to be {wanted}")
 
-
 def parse_config(tree) -> Config:
     """A plain dictionary of sections -> frozen `Config`; UsageError names what is wrong."""
-    parts = [("", tree, COMMON)]
-    for where, found, known in parts:
-        if not isinstance(found, dict):
-            raise click.UsageError(f"{where or 'the configuration'} has to be a section of keys")
-        for key in set(found) ^ set(known):
-            wrong = f"unknown key {where}{key}{_nearest(key, known)}"
-            raise click.UsageError(wrong if key in found else f"key {where}{key} is missing")
-        if not where:
-            parts += [(f"{name}.", found[name], values) for name, values in COMMON.items()]
-    config = Config(**{name: section(**{
-        key: _checked(f"{name}.{key}", tree[name][key], like, LIMITS[name][key])
-        for key, like in COMMON[name].items()}) for name, section in SECTIONS.items()})
+    tree = _checked("", tree, COMMON, LIMITS)
+    config = Config(**{name: section(**tree[name]) for name, section in SECTIONS.items()})
     name, image = config.model.name, config.data.image
     draws = name.endswith(("vae", "gan"))
     if min(image[1:]) < 8 or (draws and image[1:] not in ([28, 28], [32, 32])):
         wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
         raise click.UsageError(f"data.image = {image}: {name} is for images of {wanted} pixels")
     if config.train.batch > config.chains.buffer:
-        raise click.UsageError(f"train.batch = {config.train.batch}: it must not exceed "
-                               f"chains.buffer = {config.chains.buffer}, a slot for each chain")
+        raise click.UsageError(f"train.batch = {config.train.batch} must not exceed chains.buffer "
+                               f"= {config.chains.buffer}, a slot for each chain")
     return config
-
-
-def presets() -> dict[str, tuple[str, str, dict]]:
-    """Name -> (model, data, overrides) of every preset of configs.yaml, the newcomer's first."""
-    try:
-        found = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
-        found |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
-        return found | {f"{base}-{v}": (*found[base][:2], variant["set"])
-                        for v, variant in BOOK["variants"].items() for base in variant["of"]}
-    except (LookupError, AttributeError, TypeError) as error:
-        raise click.UsageError(f"configs.yaml lacks or misspells {error!r}") from error
-
 
 def compose(preset: str, settings=()) -> Config:
     """The configuration of `preset` with KEY=VALUE `settings` over it; keys as `train.rate`."""
@@ -123,22 +120,10 @@ def compose(preset: str, settings=()) -> Config:
             chosen[matches[0]] = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError):  # the latter of dates
             raise click.UsageError(f"--set {setting}: {text!r} is not a YAML value") from None
-    try:
-        if preset not in (known := presets()):
-            raise click.UsageError(f"no preset {preset!r}{_nearest(preset, known)}")
-        name, source, overrides = known[preset]
-        model, images = BOOK["models"][name], dict(BOOK["data"][source])
-        shape, recipe = BOOK["trunks"][images.pop("trunk")], BOOK["recipes"][model["recipe"]]
-        tree = {section: v | recipe.get(section, {}) for section, v in COMMON.items()}
-        tree["data"] |= {"name": source, **images}
-        tree["model"] |= {"name": name, **shape, **model["set"]}
-        for key, value in (overrides | chosen).items():
-            section, key = key.split(".")
-            tree[section][key] = value
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
-        raise click.UsageError(f"configs.yaml, {preset}: {error!r}") from error
-    return parse_config(tree)
-
+    if preset not in PRESETS:
+        raise click.UsageError(f"no preset {preset!r}{_nearest(preset, PRESETS)}")
+    model, source, overrides = PRESETS[preset]
+    return parse_config(_tree(model, source, overrides | chosen))
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path` so that a crash at any instant leaves the old file or the new one, whole."""
@@ -159,7 +144,6 @@ def write_whole(path: Path, content: bytes) -> None:
             draft.unlink(missing_ok=True)
         raise Failure(f"cannot write {path}: {error.strerror}; what was there is intact") from error
 
-
 def load_checkpoint(path) -> dict:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
     try:
@@ -175,9 +159,7 @@ def load_checkpoint(path) -> dict:
         reason = "another format, or values that no run leaves"
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
         reason = getattr(error, "message", type(error).__name__)
-    raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}); nothing of it was "
-                  "used. Train again, or take another copy")
-
+    raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}): take another copy")
 
 def load_model(path, device="cpu"):
     """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
@@ -192,23 +174,28 @@ def load_model(path, device="cpu"):
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
 
-
 def new_model(config, device):
     """The untrained model of `config`: the same seed gives the same weights."""
+    build = partial(models.build, config.model, config.data.image, config.data.classes)
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in build().parameters())
+    pixels, channels = math.prod(config.data.image[1:]), config.data.image[0]
+    floats = 12 * weights + pixels * (  # gradients, moments, two snapshots; chains; activations
+        4 * channels * config.chains.buffer + 2 * config.train.batch * sum(config.model.channels))
+    if 4 * floats > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise Failure(f"model, train.batch or chains.buffer need {4 * floats / 2**30:,.0f} GiB of "
+                      f"memory, here are {memory / 2**30:.0f}: choose smaller ones")
     with evaluate.seeded(config.train.seed, torch.device("cpu")):
-        model = models.build(config.model, config.data.image, config.data.classes)
+        model = build()
     return model.to(device, memory_format=torch.channels_last)
-
 
 def load_images(config, split: str, data_dir: str):
     """uint8 images and labels of the data that `config` names."""
     c = config.data
     images, labels = data.load(c.name, split, data_dir, c.image, c.extra)
     if (found := int(labels.max()) + 1) != c.classes:
-        raise Failure(f"{c.name} has {found} classes, the configuration says {c.classes}: --set "
-                      f"classes={found}")
+        raise Failure(f"{c.name} has {found} classes, not {c.classes}: --set classes={found}")
     return images, labels
-
 
 def learning_rate(update: int, train, halvings: int = 0) -> float:
     """The rate of update 1, 2, ...: linear warm-up, then constant or a cosine to 0."""
@@ -216,35 +203,11 @@ def learning_rate(update: int, train, halvings: int = 0) -> float:
     rate = train.rate * min(1.0, update / max(1, train.warmup)) * 0.5 * (1 + math.cos(angle))
     return rate * 0.5 ** max(0, halvings)
 
-
 @lru_cache(1)
 def epoch_order(seed: int, epoch: int, count: int, device):
-    """A permutation of `count` images, on the device: the one wait for it in an epoch."""
+    """The order of `count` images in an epoch, on the device: the one wait for it in an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).to(device)
-
-
-def batch(done: int, count: int, train, device):
-    """Indices (B,) into `count` images of update done + 1; the seed orders each epoch anew."""
-    epoch, position = divmod(done, count // train.batch)
-    return epoch_order(train.seed, epoch, count, device)[position * train.batch:][: train.batch]
-
-
-def log_row(path: Path, bar, values: dict[str, float]) -> None:
-    """Adds a row to log.csv, and shows it on the progress bar or, in a pipe, as a line."""
-    try:
-        with path.open("a") as file:
-            header = "" if file.tell() else ",".join(values) + "\n"
-            file.write(header + ",".join(map(str, values.values())) + "\n")
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {error.strerror}; the checkpoint is intact") from error
-    if bar.hidden:
-        click.echo("  ".join(f"{name} {value:.4g}" for name, value in values.items()))
-    else:
-        shown = "E {energy_data:.2g}/{energy_chains:.2g} gap {gap:.2g} pixels {pixel_min:.1f}.." \
-                "{pixel_max:.1f}" if "gap" in values else "loss {loss:.4g}"
-        bar.update(0, (shown + " {updates_per_second:.3g}/s").format(**values))
-
 
 def claimed(folder: Path):
     """Makes `folder` and locks it against a second `train`, until what it returns is closed."""
@@ -257,7 +220,6 @@ def claimed(folder: Path):
         why = "in use by another `train`" if error.errno == errno.EAGAIN else error.strerror
         raise Failure(f"cannot write to {folder}: {why}; choose another --out") from error
 
-
 def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
     """A run goes on only as it began, or longer, where nothing depends on its length."""
     differing = {f"{section}.{k}": (old[section][k], value) for section, part in new.items()
@@ -265,59 +227,46 @@ def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
     longer = old["train"]["updates"] < new["train"]["updates"] and new["train"]["decay"] == "none"
     if differing and not (longer and list(differing) == ["train.updates"]):
         changes = ", ".join(f"{k} ({a} there, {b} here)" for k, (a, b) in differing.items())
-        raise Failure(f"{folder} holds a run with another configuration: {changes}. "
-                      "Choose another folder with --out, or the same settings")
-
+        raise Failure(f"{folder} holds a run with other settings, {changes}: choose another --out")
 
 class Run:
-    """What training changes: model, optimiser, chains, random numbers, the weights' average.
-
-    Of several processes (`torchrun`) each has a share of the buffer and a generator of its own.
-    """
-
+    """What training changes: model, optimiser, chains, random numbers, the weights' average. Of
+    several processes (`torchrun`) each has a share of the buffer and a generator of its own."""
     def __init__(self, config, device, rank: int, ranks: int):
         train, c = config.train, config.chains
         self.rank, self.ranks, self.model = rank, ranks, new_model(config, device)
         self.generator = torch.default_generator if device.type == "cpu" else (
             torch.cuda.default_generators[device.index or 0])  # some losses draw from it too
-        self.reseed(train.seed)
+        torch.manual_seed(train.seed + 1_000_003 * rank)  # another sequence in each process
         self.optimiser = torch.optim.Adam(self.model.parameters(), train.rate,
                                           (train.beta1, train.beta2), train.epsilon)
+        self.parts = {"model": self.model, "optimiser": self.optimiser}
         self.buffer = self.model.chain and sampling.ReplayBuffer(
             c.buffer // ranks, config.data.image, c.reuse, self.generator)
-        swa = torch.optim.swa_utils
-        self.average = swa.AveragedModel(self.model, multi_avg_fn=swa.get_ema_multi_avg_fn(
-            train.average)) if train.average else None
-        self.model.forward = self.model.loss  # what DistributedDataParallel calls
-        self.loss = self.model if ranks == 1 else (
-            torch.nn.parallel.DistributedDataParallel(self.model))
-
-    def reseed(self, seed: int) -> None:
-        """New random numbers, another sequence in each process."""
-        torch.manual_seed(seed + 1_000_003 * self.rank)
+        if train.average:
+            swa = torch.optim.swa_utils
+            mean = swa.get_ema_multi_avg_fn(train.average)
+            self.parts["average"] = swa.AveragedModel(self.model, multi_avg_fn=mean)
+        self.model.forward = self.loss = self.model.loss
+        if ranks > 1:  # gradients are averaged where the model is called
+            self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
 
     def snapshot(self) -> dict:
         """Copies of everything; of buffers and generators, those of all processes."""
-        own = self.buffer and self.buffer.images.cpu(), self.generator.get_state()
-        parts = [own] * self.ranks
+        parts = [(self.buffer and self.buffer.images.cpu(), self.generator.get_state())]
         if self.ranks > 1:
-            torch.distributed.all_gather_object(parts, own)
-        buffers, generators = zip(*parts, strict=True)
-        return copy.deepcopy({
-            "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(),
-            "average": self.average and self.average.state_dict(),
-            "buffer": self.buffer and torch.cat(buffers), "generators": list(generators)})
+            torch.distributed.all_gather_object(parts := parts * self.ranks, parts[0])
+        return copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()} | {
+            "buffer": self.buffer and torch.cat([images for images, _ in parts]),
+            "generators": [generator for _, generator in parts]})
 
     def restore(self, state: dict) -> None:
         """Goes on from a snapshot, which stays as it is."""
-        self.model.load_state_dict(state["model"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        if self.average:
-            self.average.load_state_dict(state["average"])
+        for name, part in self.parts.items():
+            part.load_state_dict(copy.deepcopy(state[name]))
         if self.buffer:
             self.buffer.images.copy_(state["buffer"].chunk(self.ranks)[self.rank])
         self.generator.set_state(state["generators"][self.rank])
-
 
 def out_of_bounds(greatest: dict[str, float], level: dict[str, float], guard) -> str:
     """Which of the greatest magnitudes since the last check is past what is healthy, if any."""
@@ -327,134 +276,124 @@ def out_of_bounds(greatest: dict[str, float], level: dict[str, float], guard) ->
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
     return ""
 
-
 def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0, ranks=1) -> bool:
     """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
+    if settings.batch % ranks or c.buffer % ranks:
+        raise click.UsageError(f"train.batch, chains.buffer: not multiples of {ranks} processes")
+    run, floor = Run(config, device, rank, ranks), {}
+    model, buffer = run.model, run.buffer
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
     if len(images) < settings.batch:
         raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
-    run, floor = Run(config, device, rank, ranks), {}
-    model, buffer = run.model, run.buffer
     if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
         pixels = guard.pixels + 4 * c.noise_std * math.sqrt(c.steps)
         floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
-    now = {"updates": 0, "level": floor, **run.snapshot()}
-    kept = {"good": now, "seconds": 0.0, "log_size": 0, "rollbacks": [],
-            "precision": settings.precision}
-    if kept["precision"] == "auto":
-        kept["precision"] = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
+    auto = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
+    now = {"updates": 0, "level": floor, **run.snapshot()}  # what a rollback brings back
+    kept = {"good": now, "seconds": 0.0, "log": "", "rollbacks": [],
+            "precision": auto if settings.precision == "auto" else settings.precision}
     if path.exists():
         state = load_checkpoint(path)
         refuse_other_config(state["config"], asdict(config), folder)
         try:
-            if (begun := len(state["generators"])) != ranks:
-                raise Failure(f"{path} is of a run of {begun} processes, here are {ranks}: go on "
-                              f"with torchrun --nproc-per-node={begun}, or choose another --out")
+            if (there := len(state["generators"])) != ranks:
+                raise Failure(f"{path} is of a run of {there} processes, here are {ranks}: go on "
+                              f"with torchrun --nproc-per-node={there}, or choose another --out")
             now, kept = ({key: state[key] for key in part} for part in (now, kept))
             run.restore(now)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise Failure(f"{path} cannot be gone on from: a part of its state is missing or is of "
-                          f"another device ({error!r:.80}). Choose another --out") from error
+            raise Failure(f"{path} cannot be gone on from, a part of its state is missing or of "
+                          f"another device ({error!r:.80}): choose another --out") from error
         click.echo(f"going on after update {now['updates']} of {path}, in {kept['precision']}")
-    bfloat16, rollbacks = kept["precision"] == "bfloat16", kept["rollbacks"]
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
+    bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
     move = model.chain and sampling.mover(model, model.energy, c.steps, c.step_size, c.noise_std,
                                           run.generator, bfloat16, device.type == "cuda")
-    draws = settings.pictures and (buffer or hasattr(model, "generate"))
-    picture_every = draws and math.ceil(settings.updates / settings.pictures)
-    log, started, made, interrupted = folder / "log.csv", time.monotonic(), 0, []
+    draws = settings.pictures if buffer or hasattr(model, "generate") else 0
+    started, made, interrupted = time.monotonic(), 0, []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
         signal.signal(number, lambda *_: interrupted.append(1))
-    if log.exists():
-        write(log, log.read_bytes()[:kept["log_size"]])  # rows past the checkpoint come again
-
     def save() -> None:
         torch.save({
             **now, **kept, "format": FORMAT, "preset": preset, "config": asdict(config),
-            "seed": settings.seed, "seconds": kept["seconds"] + time.monotonic() - started,
-            "log_size": log.stat().st_size if log.exists() else 0, "device": device.type,
-            "torch": str(torch.__version__), "python": platform.python_version(),
-        }, content := io.BytesIO())
+            "seed": settings.seed, "device": device.type, "torch": str(torch.__version__),
+            "python": platform.python_version()}, content := io.BytesIO())
         write(path, content.getbuffer())
-
-    with click.progressbar(length=settings.updates, show_pos=True, show_percent=False, width=8,
-                           item_show_func=str, hidden=not sys.stdout.isatty()) as bar:
-        bar.start = time.time() - kept["seconds"]  # what the remaining time is reckoned from
-        update, greatest = now["updates"], torch.zeros((), device=device)
-        while update < settings.updates:
-            bar.update(update + 1 - bar.pos)
-            chosen = batch(update, len(images), settings, device).chunk(ranks)[rank]
-            update, made = update + 1, made + 1
-            for group in run.optimiser.param_groups:
-                group["lr"] = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
-            x = data.normalise(images[chosen])  # (B, C, H, W)
-            noise = torch.randn(x.shape, generator=run.generator, device=device)
-            x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
-            chains = None
-            if buffer:
-                slots, chains = buffer.draw(len(chosen))
-                buffer.images[slots] = chains = move(chains)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss, metrics = run.loss(x, labels[chosen], chains)
-            run.optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            run.optimiser.step()
-            if run.average:
-                run.average.update_parameters(model)
-            metrics = {"loss": loss.detach(), **metrics}
-            if buffer:
-                metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
-            greatest = torch.maximum(torch.stack(list(metrics.values())).abs(), greatest)
-            last, reason, stop = update == settings.updates, "", 0
-            keep = last or update % settings.checkpoint_every == 0
-            if keep or update % guard.every == 0 or (interrupted and ranks == 1):
-                weights = torch.nn.utils.get_total_norm(model.parameters()).detach()
-                seen = torch.cat([greatest, torch.stack([weights, torch.full_like(
-                    weights, len(interrupted))])]).nan_to_num(torch.inf)
-                if ranks > 1:
-                    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-                *found, stop = seen.tolist()  # waits for the device
-                found = dict(zip([*metrics, "weights"], found, strict=True))
-                reason = out_of_bounds(found, kept["good"]["level"], guard)
-            if reason:
-                rollbacks.append({"update": update, "to": kept["good"]["updates"], "why": reason})
-            if (update % settings.log_every == 0 or last or reason) and rank == 0:
-                spent = time.monotonic() - started
-                log_row(log, bar, {
-                    "update": update, **{k: v.item() for k, v in metrics.items()},
-                    "seconds": round(kept["seconds"] + spent, 1),
-                    "updates_per_second": round(made / spent, 3), "rollbacks": len(rollbacks)})
-            if reason:
-                run.restore(kept["good"])
-                run.reseed(settings.seed + len(rollbacks))
-                now = kept["good"] = {**kept["good"], **run.snapshot()}
-                save()
-                if len(rollbacks) > guard.rollbacks:
-                    raise Failure(
-                        f"diverged at update {update}: {reason}, {guard.rollbacks} rollbacks did "
-                        f"not help. {path} is good, of update {now['updates']}. Try a lower train."
-                        "rate, more chains.steps, a higher model.l2 or model.l2_on=both")
-                click.echo(f"update {update}: {reason}; back to update {now['updates']}")
-                update, greatest = now["updates"], torch.zeros_like(greatest)
-                continue
-            if picture_every and (update % picture_every == 0 or last) and rank == 0:
-                with evaluate.seeded(settings.seed, device), torch.no_grad():
-                    shown = buffer.images[:64] if buffer else model.eval().generate(64)
-                write(folder / "samples" / f"{update:07d}.png", evaluate.grid_png(shown))
-                model.train()
-            if keep or stop:
-                level = now["level"]
-                if keep:  # healthy ever since the last checkpoint
-                    kept["good"], level = now, {k: max(v, found[k]) for k, v in floor.items()}
-                    greatest = torch.zeros_like(greatest)
-                now = {"updates": update, "level": level, **run.snapshot()}
-                save()
-            if stop:
-                return last
+    update, greatest = now["updates"], torch.zeros((), device=device)
+    while update < settings.updates:
+        epoch, position = divmod(update, len(images) // settings.batch)
+        order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
+        chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
+        for group in run.optimiser.param_groups:
+            group["lr"] = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
+        x = data.normalise(images[chosen])  # (B, C, H, W)
+        noise = torch.randn(x.shape, generator=run.generator, device=device)
+        x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
+        chains, ends = None, {}
+        if buffer:
+            slots, chains = buffer.draw(len(chosen))
+            buffer.images[slots] = chains = move(chains)
+            ends = {"pixel_min": chains.min(), "pixel_max": chains.max()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss, metrics = run.loss(x, labels[chosen], chains)
+        run.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        run.optimiser.step()
+        if "average" in run.parts:
+            run.parts["average"].update_parameters(model)
+        metrics = {"loss": loss.detach(), **metrics, **ends}
+        greatest = torch.maximum(torch.stack(list(metrics.values())).abs(), greatest)
+        kept["seconds"] = begun + time.monotonic() - started
+        last, reason, stop = update == settings.updates, "", 0
+        keep = last or update % settings.checkpoint_every == 0
+        if keep or update % guard.every == 0 or (interrupted and ranks == 1):
+            weights = torch.nn.utils.get_total_norm(model.parameters()).detach()
+            more = torch.stack([weights, torch.full_like(weights, len(interrupted))])
+            seen = torch.cat([greatest, more]).nan_to_num(torch.inf)
+            if ranks > 1:
+                torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+            *found, stop = seen.tolist()  # waits for the device
+            found = dict(zip([*metrics, "weights"], found, strict=True))
+            reason = out_of_bounds(found, kept["good"]["level"], guard)
+        if reason:
+            rollbacks.append({"update": update, "to": kept["good"]["updates"], "why": reason})
+        if update % settings.log_every == 0 or last or reason:
+            row = {"update": update, **{k: v.item() for k, v in metrics.items()},
+                   "rollbacks": len(rollbacks), "seconds": round(kept["seconds"], 1),
+                   "updates_per_second": round(made / (kept["seconds"] - begun), 3)}
+            kept["log"] += "" if kept["log"] else ",".join(row) + "\n"
+            kept["log"] += ",".join(map(str, row.values())) + "\n"
+            write(folder / "log.csv", kept["log"].encode())
+            click.echo("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        if reason:
+            run.restore(kept["good"])
+            torch.manual_seed(settings.seed + len(rollbacks) + 1_000_003 * rank)
+            now = kept["good"] = {**kept["good"], **run.snapshot()}
+            update, greatest, diverged = now["updates"], torch.zeros_like(greatest), update
+            save()
+            if len(rollbacks) > guard.rollbacks:
+                raise Failure(f"diverged at update {diverged}: {reason}, {guard.rollbacks} "
+                              f"rollbacks did not help. {path} is good, of update {update}. Try a "
+                              "lower train.rate, more chains.steps, a higher model.l2, l2_on=both")
+            click.echo(f"update {diverged}: {reason}; back to update {update}")
+            continue
+        if draws and (update % math.ceil(settings.updates / draws) == 0 or last):
+            with evaluate.seeded(settings.seed, device), torch.no_grad():
+                shown = buffer.images[:64] if buffer else model.eval().generate(64)
+            write(folder / "samples" / f"{update:07d}.png", evaluate.grid_png(shown))
+            model.train()
+        if keep or stop:
+            level = now["level"]
+            if keep:  # healthy ever since the last checkpoint
+                kept["good"], level = now, {k: max(v, found[k]) for k, v in floor.items()}
+                greatest = torch.zeros_like(greatest)
+            now = {"updates": update, "level": level, **run.snapshot()}
+            save()
+        if stop:
+            return last
     return True
-
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
@@ -468,14 +407,12 @@ def _device(_context, _parameter, name: str):
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
-
 FILE, OUT = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
 CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", show_default=True,
                         help="Where data sets are, or are downloaded to.")
 DEVICE = click.option("--device", default="auto", show_default=True, callback=_device,
                       help="auto, cpu or cuda.")
-
 
 def table_command(figures):
     """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""
@@ -489,12 +426,6 @@ def table_command(figures):
                          **figures(model, config, *sets, data_dir, device, **options)})
         shown = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
         click.echo(json.dumps(rows) if form == "json" else evaluate.table(shown, bool(form)))
-        for row in (r for r in rows if "confusion" in r and form is None):
-            names = data.class_names(row["data"], data_dir, len(row["confusion"]))
-            counts = [{"true": name, **dict(zip(names, line, strict=True))}
-                      for name, line in zip(names, row["confusion"], strict=True)]
-            click.echo(f"\n{row['checkpoint']}, columns predicted:\n{evaluate.table(counts)}")
-
     command.__dict__ |= figures.__dict__  # its click options
     for option in (click.argument("checkpoints", type=FILE, nargs=-1, required=True,
                                   metavar="CKPT..."), DATA_DIR,
@@ -503,14 +434,9 @@ def table_command(figures):
         command = option(command)
     return main.command(figures.__name__, help=figures.__doc__)(command)
 
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main():
-    """Conjugate energy-based models: train, sample, evaluate.
-
-    Start with `python cebm.py train`, which trains on an embedded data set within minutes.
-    """
-
+    """Conjugate energy-based models. Start with `python cebm.py train`, a matter of minutes."""
 
 @main.command()
 @click.option("--preset", default="quickstart", show_default=True, help="See `show`.")
@@ -531,19 +457,15 @@ def train(preset, settings, out, seed, data_dir, device):
     rank, ranks = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     if ranks > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
     with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:
         sys.stdout = lock if rank else sys.stdout  # the first process alone prints
         finished = train_model(config, folder, data_dir, device, preset, rank, ranks)
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
-    if rank:
-        return
-    if not finished:
-        click.echo(f"interrupted; saved {path}. The same command goes on from there.")
-        sys.exit(130)
-    click.echo(f"{config.train.updates} updates done: {path}\nnow try:\n"
-               f"  python cebm.py knn {path}{where}\n  python cebm.py sample {path}")
-
+    if not rank:
+        click.echo(f"{config.train.updates} updates done: {path}\nnow try:\n  python cebm.py knn "
+                   f"{path}{where}\n  python cebm.py sample {path}" if finished else
+                   f"interrupted; saved {path}. The same command goes on from there.")
+    sys.exit(0 if finished else 130)
 
 @main.command()
 @CHECKPOINT
@@ -567,8 +489,8 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     model, config, state = load_model(checkpoint, device)
     name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
     if (given and not hasattr(model, "posterior")) or (refine and name != "gan"):
-        option = "--given" if given else "--refine"
-        raise click.UsageError(f"{option} is not for {name}, the model of {checkpoint}")
+        raise click.UsageError(f"{'--given' if given else '--refine'} is not for {name}, the model "
+                               f"of {checkpoint}")
     generator = torch.Generator(device).manual_seed(seed)
     if given:
         originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
@@ -576,10 +498,8 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     if hasattr(model, "decode"):
         with evaluate.seeded(seed, device):
             z = z if given else model.prior.sample(count).detach()
-        if refine:
-            z = sampling.langevin(model.latent_energy, z, refine, c.step_size, c.noise_std,
-                                  generator)
-        x = model.decode(z).detach()
+        x = model.decode(sampling.langevin(model.latent_energy, z, refine, c.step_size, c.noise_std,
+                                           generator) if refine else z).detach()
     else:
         energy = (lambda x: model.joint_energy(x, z)) if given else model.energy
         steps, stored = c.steps if steps is None else steps, state.get("buffer")
@@ -595,10 +515,8 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
         x = sampling.mover(model, energy, steps, c.step_size, c.noise_std, generator)(start)
         click.echo(f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
                    f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}")
-    grid = evaluate.grid_png(torch.cat([originals, x.cpu()]), len(originals) or None)
-    write_whole(Path(out), grid)
+    write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x.cpu()]), given))
     click.echo(out)
-
 
 @table_command
 @click.option("--limit", type=click.IntRange(1), help="Only the first N training images.")
@@ -617,9 +535,8 @@ def knn(model, config, train, test, data_dir, device, limit, plot):
         a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
         predicted = train[1][evaluate.nearest(a, b).cpu()]
         row[space] = round(100 * (predicted == test[1]).double().mean().item(), 2)
-        if space == "latent":
-            counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
-            row["confusion"] = counts.view(classes, classes).tolist()
+        counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
+        row.setdefault("confusion", counts.view(classes, classes).tolist())  # the latents'
     if plot:
         names = data.class_names(config.data.name, data_dir, classes)
         write_whole(Path(plot), evaluate.confusion_png(torch.tensor(row["confusion"]), names))
@@ -627,7 +544,6 @@ def knn(model, config, train, test, data_dir, device, limit, plot):
         right = evaluate.in_batches(model.f, test[0], device).argmax(1).cpu() == test[1]
         row["accuracy"] = round(100 * right.double().mean().item(), 2)
     return row
-
 
 @table_command
 def probe(model, config, train, test, data_dir, device):
@@ -642,7 +558,6 @@ def probe(model, config, train, test, data_dir, device):
               for n in (1, 10, 100, None)}
     return {f"{n or 'all'}{what}": round(score, 2) for n, pair in scores.items()
             for what, score in zip(("", " std"), pair, strict=True)}
-
 
 @table_command
 @click.option("--against", multiple=True, metavar="DATA", type=click.Choice(LIMITS["data"]["name"]),
@@ -666,7 +581,6 @@ def ood(model, config, train, test, data_dir, device, against):
     return {f"{name} {k}": round(evaluate.auroc(inside[k], scores[k]), 2)
             for name, scores in outside.items() for k in inside}
 
-
 @main.command()
 @CHECKPOINT
 @click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
@@ -681,7 +595,7 @@ def export(checkpoint, split, map, out, data_dir, device):
 
     Example: python cebm.py export runs/quickstart/ckpt.pt --split train --map map.png
     """
-    model, config, _state = load_model(checkpoint, device)
+    model, config, _ = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
     columns = {"mean": model.represent, "energy": getattr(model, "energy", None), "std": hasattr(
         model, "posterior") and (lambda x: model.posterior(x).variance.sqrt())}
@@ -694,10 +608,9 @@ def export(checkpoint, split, map, out, data_dir, device):
     if map:
         points, method = evaluate.plane(torch.tensor(arrays["mean"]))
         names = data.class_names(config.data.name, data_dir, config.data.classes)
-        title = f"{method} of {config.model.name}'s latents, {config.data.name} {split}"
-        write_whole(Path(map), evaluate.map_png(points, labels, names, title))
+        write_whole(Path(map), evaluate.map_png(
+            points, labels, names, f"{method}, {config.model.name}, {config.data.name} {split}"))
         click.echo(f"{map}: {method}")
-
 
 @main.command()
 @click.argument("what", required=False, metavar="[PRESET or CKPT]")
@@ -706,22 +619,20 @@ def show(what):
 
     Example: python cebm.py show cebm-fmnist
     """
-    names = list(presets())
     if what is None:
-        for name, c in ((name, compose(name)) for name in names):
+        for name, c in ((name, compose(name)) for name in PRESETS):
             click.echo(f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
                        f"{c.train.rate:g}, chains of {c.chains.steps}")
-    elif what in names:
+    elif what in PRESETS:
         click.echo(as_yaml(asdict(compose(what))), nl=False)
     elif Path(what).is_file():
         state = load_checkpoint(what)
-        tensors = ("model", "optimiser", "average", "buffer", "generators", "good")
-        facts = {k: v for k, v in state.items() if k not in tensors}
+        other = ("model", "optimiser", "average", "buffer", "generators", "good", "log")
+        facts = {k: v for k, v in state.items() if k not in other}
         facts["tensors"] = sum(v.numel() for v in state["model"].values())
         click.echo(as_yaml(facts), nl=False)
     else:
-        raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, names)}")
-
+        raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, PRESETS)}")
 
 if __name__ == "__main__":
     main()

@@ -21,28 +21,23 @@ PUBLIC = {"mnist": ("MNIST", {"train": 60_000, "test": 10_000}),
 CLASSES = {"fmnist": "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split(),
            "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
 
-
 class DataError(click.ClickException):
     """Data that is absent, damaged or of the wrong shape; the message says what to do."""
-
-
 def class_names(name: str, data_dir: str, num_classes: int) -> list[str]:
     """What the labels stand for, in their order."""
     if name == "folder":
         return sorted(p.name for p in (Path(data_dir) / "train").iterdir() if p.is_dir())
     return CLASSES.get(name) or [str(k) for k in range(num_classes)]
 
-
 def normalise(images: Tensor) -> Tensor:
     """uint8 pixels -> float32 in [-1, 1], the range of EBMs."""
     return images.float().div_(127.5).sub_(1)
 
-
 def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
-    """Images (N, C, H, W) uint8 and labels (N,) int64 of `split` ("train" or "test").
+    """Images (N, C, H, W) uint8 and labels (N,) int64 of `split`, "train" or "test", or DataError.
 
-    `image_shape` (C, H, W) is what a folder's images are scaled to and what the others are checked
-    against; `extra` adds SVHN's extra images to its training set. Raises DataError.
+    A folder's images are scaled to `image_shape` (C, H, W), others checked against it; `extra` adds
+    SVHN's extra images to its training set.
     """
     if name == "glyphs":
         images, labels = glyphs(split)
@@ -59,10 +54,8 @@ def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
                         f"configuration asks for {wanted}: set data.image")
     return images, labels
 
-
 def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
     from torchvision import datasets
-
     kind, counts = PUBLIC[name]
     which = {"split": split} if name == "svhn" else {"train": split == "train"}
     where = f"{kind} ({split}) in {data_dir}"
@@ -74,8 +67,8 @@ def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
             data = getattr(datasets, kind)(data_dir, download=True, **which)
     except Exception as error:  # torchvision raises whatever its parsers and the network raise
         reason = str(error).partition("\n")[0] or repr(error)
-        raise DataError(f"cannot read or download {where}: {reason}. Check the network and "
-                        "--data-dir, or delete the damaged files and start again") from error
+        raise DataError(f"cannot read or download {where} ({reason}): check --data-dir and the "
+                        "network, or delete the damaged files") from error
     images = torch.as_tensor(data.data)
     if name == "cifar10":
         images = images.permute(0, 3, 1, 2).contiguous()
@@ -84,14 +77,12 @@ def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
     labels = torch.as_tensor(data.labels if name == "svhn" else data.targets).long()
     if len(images) != len(labels) or len(images) != counts[split]:
         raise DataError(f"{where} has {len(images)} images and {len(labels)} labels, not "
-                        f"{counts[split]}: delete its files and start again to download them anew")
+                        f"{counts[split]}: delete its files to download them anew")
     return images, labels
-
 
 def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
     from PIL import Image
     from torchvision.datasets import ImageFolder
-
     channels, height, width = image_shape
     try:
         found, train = ImageFolder(root / split), ImageFolder(root / "train")
@@ -114,7 +105,6 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
         image.copy_(torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1))
     return images, torch.tensor(found.targets)
 
-
 @cache
 def glyphs(split: str) -> tuple[Tensor, Tensor]:
     """The embedded set: 10,000 training and 2,000 test digits (1, 28, 28), drawn from a fixed seed.
@@ -124,7 +114,6 @@ def glyphs(split: str) -> tuple[Tensor, Tensor]:
     """
     from PIL import Image, ImageDraw
     from scipy.interpolate import CubicSpline
-
     book = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
     random, scale = np.random.default_rng(seed), 4  # drawn four times as large

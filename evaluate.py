@@ -15,7 +15,6 @@ def in_batches(function, images: Tensor, device, size: int = 1000) -> Tensor:
     parts = (normalise(part.to(device)) for part in images.split(size))
     return torch.cat([function(x.contiguous(memory_format=torch.channels_last)) for x in parts])
 
-
 @contextmanager
 def seeded(seed: int, device):
     """torch's random numbers start from `seed` inside and are as before after it."""
@@ -23,12 +22,11 @@ def seeded(seed: int, device):
         torch.manual_seed(seed)
         yield
 
-
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     """Index (M,) of the training vector (N, D) nearest to each test vector (M, D) in L2.
 
-    |a|^2 - 2ab in float64, at most `floats` numbers at a time: exact for pixels, whose ties go to
-    the lowest index, and to 1e-15 of the largest |a|^2 else.
+    |a|^2 - 2ab in float64, `floats` numbers at a time: exact for pixels, to 1e-15 of |a|^2 else.
+    Ties go to the lowest index.
     """
     test = test.double()
     least, index = torch.full_like(test[:, 0], torch.inf), torch.zeros(len(test), dtype=torch.long)
@@ -40,27 +38,21 @@ def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
         least = torch.minimum(least, value)
     return index
 
-
 def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0) -> Tensor:
-    """Softmax regression of y (N,) on x (N, D): weights (D + 1, classes), the last row the bias.
-
-    Minimises the summed cross-entropy + penalty / 2 |weights but for the bias|^2 by LBFGS.
-    """
+    """Softmax regression of y (N,) on x (N, D): weights (D + 1, classes), the last row the bias,
+    of the least summed cross-entropy + penalty / 2 |weights but for the bias|^2, by LBFGS."""
     x = torch.nn.functional.pad(x.double(), (0, 1), value=1.0)
     w = torch.zeros(x.shape[1], classes, device=x.device, dtype=x.dtype, requires_grad=True)
     lbfgs = torch.optim.LBFGS([w], max_iter=1000, max_eval=2000, tolerance_grad=1e-6,
                               tolerance_change=1e-14, line_search_fn="strong_wolfe")
-
     def closure():
         lbfgs.zero_grad()
         loss = torch.nn.functional.cross_entropy(x @ w, y, reduction="sum")
         loss = (loss + penalty / 2 * w[:-1].square().sum()) / len(x)
         loss.backward()
         return loss
-
     lbfgs.step(closure)
     return w.detach()
-
 
 def probe(train, train_y, test, test_y, classes: int, per_class: int | None, draws: int = 10):
     """Percent of test latents (M, D) that logistic regression on latents (N, D) gets right.
@@ -76,13 +68,11 @@ def probe(train, train_y, test, test_y, classes: int, per_class: int | None, dra
         scores.append(100 * (predicted == test_y).double().mean())
     return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
-
 def auroc(inside: Tensor, outside: Tensor) -> float:
     """Chance in percent that a score of `inside` (N,) exceeds one of `outside` (M,), ties half."""
     ranked = outside.double().sort()[0]
     below, up_to = (torch.searchsorted(ranked, inside.double(), right=r) for r in (False, True))
     return 50 * (below + up_to).double().mean().item() / len(ranked)
-
 
 def density_scores(model, images: Tensor, device) -> dict[str, Tensor]:
     """Scores (N,) of images, higher for what is likelier: log p(x) + const, -|grad log p(x)|."""
@@ -91,11 +81,9 @@ def density_scores(model, images: Tensor, device) -> dict[str, Tensor]:
             energy = model.energy(x.requires_grad_(True))
             (gradient,) = torch.autograd.grad(energy.sum(), x)
         return -torch.stack([energy.detach(), gradient.flatten(1).norm(dim=1)], 1)
-
     with seeded(0, device):
         logp, gradient = in_batches(scores, images, device, 500).T
     return {"logp": logp, "gradient": gradient}
-
 
 def plane(latents: Tensor) -> tuple[Tensor, str]:
     """Latents (N, D) in two dimensions (N, 2) by UMAP if `umap-learn` is installed, else by PCA."""
@@ -105,7 +93,6 @@ def plane(latents: Tensor) -> tuple[Tensor, str]:
         u, scale, _ = torch.linalg.svd(latents - latents.mean(0), full_matrices=False)
         return torch.nn.functional.pad(u * scale, (0, 1))[:, :2], "PCA"
     return torch.tensor(umap.UMAP(random_state=0).fit_transform(latents.numpy())), "UMAP"
-
 
 def table(rows: list[dict], markdown: bool = False) -> str:
     """Rows as aligned text or as Markdown; a column that a row lacks is "-"."""
@@ -118,48 +105,37 @@ def table(rows: list[dict], markdown: bool = False) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
-
 def png(picture) -> bytes:
     """A Pillow image as the content of a PNG file."""
-    content = io.BytesIO()
-    picture.save(content, format="PNG")
+    picture.save(content := io.BytesIO(), format="PNG")
     return content.getvalue()
-
 
 def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     """Images (N, C, H, W) clipped to [-1, 1] as a grid of `columns` (near square if None)."""
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
-
     columns = columns or max(1, round(len(images) ** 0.5))
     grid = make_grid(images.float().cpu().clamp(-1, 1).add(1).div(2), nrow=columns, pad_value=0.5)
-    return png(Image.fromarray(grid.mul(255).round().byte().permute(1, 2, 0).numpy()))
+    return png(to_pil_image(grid.mul(255).round().byte()))
 
-
-def confusion_png(counts: Tensor, names: list[str], cell: int = 44) -> bytes:
+def confusion_png(counts: Tensor, names: list[str], cell: int = 60) -> bytes:
     """Counts (K, K), rows true and columns predicted, as a picture shaded by share of the row."""
     from PIL import Image, ImageDraw
-
-    margin, size = 90, cell * len(names)
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    shades = Image.fromarray((255 - 255 * share).byte().numpy())
-    picture = Image.new("L", (margin + size, margin + size), 255)
-    picture.paste(shades.resize((size, size), Image.Resampling.NEAREST), (margin, margin))
+    picture = Image.new("L", (cell * (len(names) + 1),) * 2, 255)
     draw = ImageDraw.Draw(picture)
-    draw.text((4, 4), "rows: true class, columns: predicted", fill=0)
-    for i, place in enumerate(range(margin, margin + size, cell)):
-        draw.text((4, place + cell // 3), names[i][:14], fill=0)
-        draw.text((place + 3, margin - 14 - 12 * (i % 2)), names[i][:14], fill=0)
-        for j, count in enumerate(counts[i].tolist()):
-            ink = 255 if share[i, j] > 0.5 else 0
-            draw.text((margin + j * cell + 6, place + cell // 3), str(count), fill=ink)
+    lines = [[n, *c] for n, c in zip(names, counts.tolist(), strict=True)]
+    for i, row in enumerate([["true", *names], *lines]):
+        for j, text in enumerate(row):
+            shade = 255 - int(255 * share[i - 1, j - 1]) if i and j else 255
+            draw.rectangle((cell * j, cell * i, cell * (j + 1), cell * (i + 1)), fill=shade)
+            ink = 0 if shade > 127 else 255
+            draw.text((cell * j + 4, cell * i + cell // 3), str(text)[:9], fill=ink)
     return png(picture)
-
 
 def map_png(points: Tensor, labels: Tensor, names: list[str], title: str, side: int = 700) -> bytes:
     """Points (N, 2) in class colours, with a legend of the classes and a title."""
     from PIL import Image, ImageDraw
-
     low, high = (torch.quantile(points.double(), q, dim=0) for q in (0.002, 0.998))
     places = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).mul(side - 40).add(20)
     colours = [f"hsv({360 * k // len(names)}, 85%, {90 - k % 2 * 35}%)" for k in range(len(names))]

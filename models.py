@@ -2,9 +2,9 @@
 
 Each is an unnormalised density p(x) proportional to exp(-E(x)): low energy is likely, chains
 descend E. Natural parameters `lam` and statistics `t` are tensors (..., S, D), S statistics for
-each of D latent dimensions, so that a posterior's parameters are `lam + t(x)`. Shapes: images x
-(B, C, H, W) in [-1, 1], latents z (B, D), labels y (B,), energies (B,), at least float32. A `loss`
-is a scalar and its parts for the log; `chain` says how its `chains` move, None that it has none.
+each of D latent dimensions: a posterior's parameters are `lam + t(x)`. Shapes: images x (B, C, H,
+W) in [-1, 1], latents z (B, D), labels y (B,), energies (B,), at least float32. A `loss` is a
+scalar and its parts for the log; `chain` says how its `chains` move, None that it has none.
 """
 
 import math
@@ -23,7 +23,6 @@ DECODER = {28: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 0), (None, 3, 1, 0)),
 GENERATOR = {28: ((64, 4, 1, 1), (64, 4, 2, 1), (32, 3, 2, 1), (32, 4, 2, 1), (None, 4, 2, 1)),
              32: ((512, 4, 2, 1), (256, 4, 2, 1), (128, 4, 2, 1), (64, 4, 2, 1), (None, 4, 2, 1))}
 
-
 def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Sequential:
     """The upward half of Tables 7 and 8: (B, inputs, h, h) -> (B, C, H, W), raw."""
     layers = []
@@ -34,30 +33,23 @@ def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Seque
         inputs = out
     return nn.Sequential(*layers)
 
-
 def linears(*sizes: int, activation=nn.SiLU) -> nn.Sequential:
     """Fully connected layers with an activation between, none after the last."""
     layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), activation())]
     return nn.Sequential(*layers[:-1])
-
 
 def in_float32(head: nn.Module, features: Tensor) -> Tensor:
     """`head` outside autocast: convolutions may run in bfloat16, what energies are made of not."""
     with torch.autocast(features.device.type, enabled=False):
         return head(features.to(torch.promote_types(features.dtype, torch.float32)))
 
-
 def normal(mean: Tensor, std: Tensor) -> td.Independent:
     """A diagonal Gaussian, event (D,). Not validated: a NaN is for the training loop to see."""
     return td.Independent(td.Normal(mean, std, validate_args=False), 1)
 
-
 class PixelGradient(torch.autograd.Function):
-    """A 3x3 convolution of an image whose gradient is by pixels alone, as a matrix product.
-
-    On a CPU oneDNN's own, for so few input channels, takes three times as long.
-    """
-
+    """A 3x3 convolution of an image whose gradient is by pixels alone, as a matrix product: on a
+    CPU oneDNN's own, for so few input channels, takes three times as long."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
@@ -73,13 +65,11 @@ class PixelGradient(torch.autograd.Function):
             x[:, i:i + h, j:j + w] += patches[..., i, j]
         return x[:, 1:-1, 1:-1].permute(0, 3, 1, 2), None, None
 
-
 class Network(nn.Module):
     """Convolutions of Tables 5 to 8, then fully connected `heads` side by side, in float32.
 
     28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a side. A head: its layers' widths.
     """
-
     def __init__(self, config, image_shape, heads, activation, normalise=False):
         super().__init__()
         layers, (previous, height, width) = [], image_shape
@@ -94,13 +84,11 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs)."""
-        first = self.trunk[0]
+        first, features = self.trunk[0], None
         if x.device.type == "cpu" and not first.weight.requires_grad:  # a chain
-            features = self.trunk[1:](PixelGradient.apply(x, first.weight, first.bias))
-        else:
-            features = self.trunk(x)
+            features = PixelGradient.apply(x, first.weight, first.bias)
+        features = self.trunk(x) if features is None else self.trunk[1:](features)
         return torch.cat([in_float32(head, features) for head in self.heads], dim=1)
-
 
 class Gaussian:
     """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
@@ -108,7 +96,6 @@ class Gaussian:
     Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes (..., D) of z, (..., 2, D) of eta, lam.
     A is short of log(2 pi) / 2 a dimension, which cancels in every difference.
     """
-
     @staticmethod
     def eta(z: Tensor) -> Tensor:
         return torch.stack([z, z * z], dim=-2)
@@ -123,13 +110,11 @@ class Gaussian:
         lam1, lam2 = lam.unbind(-2)
         return normal(-lam1 / (2 * lam2), (-2 * lam2).rsqrt())
 
-
 class Bernoulli:
     """eta(z) = z, A(lam) = sum_d softplus(lam), mean sigmoid(lam); S = 1.
 
     As Eq. 29 and 33 have it, E_lam(z) = -<lam, z> without A(lam).
     """
-
     @staticmethod
     def eta(z: Tensor) -> Tensor:
         return z[..., None, :]
@@ -142,14 +127,12 @@ class Bernoulli:
     def member(lam: Tensor) -> td.Independent:
         return td.Independent(td.Bernoulli(logits=lam[..., 0, :], validate_args=False), 1)
 
-
 class Prior(nn.Module):
     """p_lam(z), a mixture of K members of a family, and its posteriors given statistics t(x).
 
     K = 1: E_lam(z) = -<lam, eta(z)> + A(lam) of N(0, I), or of a learned Bernoulli. K > 1 Gaussians
     are learned; y is uniform over them and summed out.
     """
-
     def __init__(self, config, family=Gaussian):
         super().__init__()
         self.family, shape = family, (config.components, config.latent)
@@ -203,14 +186,12 @@ class Prior(nn.Module):
         y = torch.randint(len(self.location), (count,), device=self.location.device)
         return normal(self.location[y], self.log_std[y].exp()).rsample()
 
-
 class LinearStatistics(nn.Module):
     """Eq. 33: t(x) = [t_x(x)^T theta_xz, <theta_x, t_x(x)>].
 
     Bernoulli x: t_x = v = (x + 1) / 2, grey pixels as chances. Gaussian x: t_x = (x, x^2), where
     theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed for the square.
     """
-
     def __init__(self, config, image_shape):
         super().__init__()
         self.image_shape, self.binary = image_shape, config.name == "rbm"
@@ -238,7 +219,6 @@ class LinearStatistics(nn.Module):
             x = self.variance * natural + self.variance**0.5 * noise
         return x.view(-1, *self.image_shape)
 
-
 def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:
     """Persistent contrastive divergence of energies (B,), L2 on them (supplement C)."""
     magnitude = (data * data).mean()
@@ -248,13 +228,11 @@ def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str,
     metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
     return gap + config.l2 * magnitude, {name: m.detach() for name, m in metrics.items()}
 
-
 class Conjugate(nn.Module):
     """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): CEBM, GMM-CEBM; with linear t, RBM, EFH.
 
     `head`: one hidden layer for both statistics ("shared", Table 5) or one each ("separate").
     """
-
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
         self.config, self.chain, family = config, "langevin", Gaussian
@@ -291,31 +269,25 @@ class Conjugate(nn.Module):
         """p(z | x), of natural parameters lam + t(x): batch (B,), event (D,)."""
         return self.prior.posterior(self.t(x)[0])
 
-    def components(self, x: Tensor) -> Tensor:
-        """p(y | x) over the mixture's components: (B, C, H, W) -> (B, K)."""
-        return self.prior.log_joint(self.t(x)[0]).softmax(1)
-
     def represent(self, x: Tensor) -> Tensor:
         """The posterior mean, or that of its likeliest component: (B, C, H, W) -> (B, D)."""
         return self.prior.mean(self.t(x)[0], self.config.represent == "component")
 
-    def gibbs(self, x: Tensor, generator=None) -> Tensor:
-        """One sweep, z ~ p(z | x) (Eq. 32), then x ~ p(x | z) (Eq. 31); linear t alone."""
-        z = torch.bernoulli(self.represent(x), generator=generator)
-        return self.network.sample(z, generator)
+    @torch.no_grad()
+    def gibbs(self, sweeps: int, generator, x: Tensor) -> Tensor:
+        """`sweeps` times z ~ p(z | x) (Eq. 32), then x ~ p(x | z) (Eq. 31); linear t alone."""
+        for _ in range(sweeps):
+            z = torch.bernoulli(self.represent(x), generator=generator)
+            x = self.network.sample(z, generator)
+        return x
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Persistent contrastive divergence: scalar, metrics."""
         energies = self.energy(torch.cat([x, chains]))
         return contrastive(*energies.split([len(x), len(chains)]), self.config)
 
-
 class EnergyNetwork(nn.Module):
-    """E(x, y) = -f(x)[y], E(x) = -logsumexp_y f(x)[y]: JEM, HDGE; IGEBM with one output (Table 4).
-
-    The network of Table 6. IGEBM's f is minus this one.
-    """
-
+    """E(x, y) = -f(x)[y], E(x) = -logsumexp_y f(x)[y] (Tables 4, 6): JEM, HDGE; IGEBM as -f."""
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
         self.config, self.chain = config, None if config.name == "hdge" else "langevin"
@@ -353,10 +325,8 @@ class EnergyNetwork(nn.Module):
         metrics["accuracy"] = (logits.argmax(1) == y).float().mean()
         return F.cross_entropy(logits, y) + loss, metrics
 
-
 class VAE(nn.Module):
     """E(x, z) = -log p(x | z) - log p(z) (Table 4), networks of Table 7, pixels in [0, 1] there."""
-
     chain = None
 
     def __init__(self, config, image_shape, num_classes: int):
@@ -416,10 +386,8 @@ class VAE(nn.Module):
         metrics = {"distortion": distortion.detach(), "divergence": divergence.detach()}
         return distortion + divergence, metrics
 
-
 class Discriminator(nn.Module):
     """Logit of "real" for images, or for pairs of image and latent (Table 8)."""
-
     def __init__(self, config, image_shape, latent: int):
         super().__init__()
         network = Network(config, image_shape, [(128,)], nn.LeakyReLU, normalise=True)
@@ -435,10 +403,8 @@ class Discriminator(nn.Module):
         """(B, C, H, W), for pairs (B, D) -> (B,)."""
         return in_float32(self.head, self.represent(x, *z))[:, 0]
 
-
 class GAN(nn.Module):
     """Generator and discriminator of Table 8; E(z) = -log p(z) - logit D(G(z)) (Table 4)."""
-
     chain = None
     generate = VAE.generate
 
@@ -479,10 +445,8 @@ class GAN(nn.Module):
         """The non-saturating game of G and D."""
         return self.play((x,), (self.generate(len(x)),))
 
-
 class BiGAN(GAN):
     """D tells (x, E(x)) from (G(z), z) (Table 8); also GMM-BiGAN."""
-
     posterior, represent = VAE.posterior, VAE.represent
 
     def __init__(self, config, image_shape, num_classes: int):
@@ -495,10 +459,9 @@ class BiGAN(GAN):
         z = self.prior.sample(len(x))
         return self.play((x, self.posterior(x).rsample()), (self.decode(z), z))
 
-
 def build(config, image_shape, num_classes: int) -> nn.Module:
     """The model that `config` (the `model` section) names, for images of shape (C, H, W)."""
-    kinds = {"cebm": Conjugate, "gmm-cebm": Conjugate, "rbm": Conjugate, "efh": Conjugate,
-             "igebm": EnergyNetwork, "jem": EnergyNetwork, "hdge": EnergyNetwork, "vae": VAE,
-             "gmm-vae": VAE, "gan": GAN, "bigan": BiGAN, "gmm-bigan": BiGAN}
-    return kinds[config.name](config, image_shape, num_classes)
+    kinds = {Conjugate: "cebm gmm-cebm rbm efh", EnergyNetwork: "igebm jem hdge",
+             VAE: "vae gmm-vae", GAN: "gan", BiGAN: "bigan gmm-bigan"}
+    kind = next(kind for kind, names in kinds.items() if config.name in names.split())
+    return kind(config, image_shape, num_classes)

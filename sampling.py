@@ -23,7 +23,6 @@ def langevin(energy, x: Tensor, steps: int, step_size: float, noise_std: float, 
         x = x.detach() - step_size * gradient + noise_std * noise
     return x.detach()
 
-
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 in hardware (other CPUs are 100 times slower)."""
     if device.type == "cuda":
@@ -31,14 +30,12 @@ def bfloat16_pays(device: torch.device) -> bool:
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
 
-
 def keep_freed_memory() -> None:
     """Lets glibc reuse large freed blocks, which it would unmap: a third of a step on a CPU."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: such blocks are of the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
-
 
 def fast_langevin(module: nn.Module, energy, bfloat16: bool, steps, step_size, noise_std,
                   generator, x: Tensor) -> Tensor:
@@ -52,14 +49,9 @@ def fast_langevin(module: nn.Module, energy, bfloat16: bool, steps, step_size, n
         for p in needing:
             p.requires_grad_(True)
 
-
 class Graph:
-    """`move`, a function of chains, recorded once as a CUDA graph and from then on launched whole.
-
-    Parameters are read where they lie: they may change between calls. Where recording fails,
-    chains move step by step, and one warning says why.
-    """
-
+    """`move`, a function of chains, recorded once as a CUDA graph and then launched whole; it reads
+    the weights as they are then. Where recording fails, it is called, and one warning says why."""
     def __init__(self, move, generator: torch.Generator):
         self.move, self.generator, self.graph = move, generator, None
 
@@ -91,26 +83,15 @@ class Graph:
         self.graph.replay()
         return self.end.clone()
 
-
 def mover(model, energy, steps, step_size, noise_std, generator, bfloat16=False, graph=False):
     """A function that moves chains (B, C, H, W) on: Langevin on `energy`, or the model's Gibbs."""
-    if model.chain != "gibbs":
-        move = partial(fast_langevin, model, energy, bfloat16, steps, step_size, noise_std,
-                       generator)
-        return Graph(move, generator) if graph else move
-
-    @torch.no_grad()
-    def sweeps(x: Tensor) -> Tensor:
-        for _ in range(steps):
-            x = model.gibbs(x, generator)
-        return x
-
-    return sweeps
-
+    if model.chain == "gibbs":
+        return partial(model.gibbs, steps, generator)
+    move = partial(fast_langevin, model, energy, bfloat16, steps, step_size, noise_std, generator)
+    return Graph(move, generator) if graph else move
 
 class ReplayBuffer:
     """Chains `images` that persist over updates; new and restarted ones are uniform on [-1, 1]."""
-
     def __init__(self, size: int, image_shape, reuse: float, generator: torch.Generator):
         self.reuse, self.generator = reuse, generator
         self.images = uniform((size, *image_shape), generator)  # (size, C, H, W)
@@ -122,7 +103,6 @@ class ReplayBuffer:
         restart = torch.rand((count, 1, 1, 1), **at) >= self.reuse
         fresh = uniform((count, *self.images.shape[1:]), self.generator)
         return slots, torch.where(restart, fresh, self.images[slots])
-
 
 def uniform(shape, generator: torch.Generator) -> Tensor:
     """Noise on [-1, 1], where chains start."""

@@ -200,7 +200,8 @@ def test_the_class_of_an_image_follows_bayes_rule_by_hand(monkeypatch):
         model.prior.log_std.zero_()
     monkeypatch.setattr(model, "t", lambda x: (torch.tensor([[[1.0], [0.0]]]).double(), 0.0))
     chance = 1 / (1 + math.exp(-3))
-    assert math.isclose(model.components(None)[0, 1].item(), chance, rel_tol=1e-9)
+    chances = model.posterior(None).mixture_distribution.probs
+    assert math.isclose(chances[0, 1].item(), chance, rel_tol=1e-9)
     assert math.isclose(model.represent(None).item(), 3.0)  # the likeliest component's mean
     model.config = replace(model.config, represent="mixture")
     assert math.isclose(model.represent(None).item(), 3 * chance, rel_tol=1e-9)
@@ -208,7 +209,7 @@ def test_the_class_of_an_image_follows_bayes_rule_by_hand(monkeypatch):
 
 
 def test_the_chances_of_the_components_sum_to_one(x):
-    chances = mixture(6, 4).components(x)
+    chances = mixture(6, 4).posterior(x).mixture_distribution.probs
     assert chances.shape == (5, 4)
     torch.testing.assert_close(chances.sum(1), torch.ones(5).double())
 
