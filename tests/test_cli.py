@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -126,6 +127,53 @@ def test_a_run_killed_at_random_moments_ends_equal_to_the_uninterrupted_one(trai
     assert kills > 0
     assert process.returncode == 0, process.stderr.read()
     assert_same_run(trained, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    tiny("updates=3000", "log_every=30"),
+    tiny("rate=0.5", "decay=none", "updates=3000", "log_every=30", "guard.every=1")])
+def test_a_hundred_kills_lose_nothing_also_of_a_run_that_diverges(tmp_path, settings):
+    random.seed(time.time_ns())
+    whole, parts, kills = tmp_path / "whole", tmp_path / "parts", 0
+    assert launch("train", *settings, "--out", whole).wait() == 0
+    log = parts / "log.csv"
+    while True:
+        before = log.exists() and log.read_bytes()
+        process = launch("train", *settings, "--out", parts)
+        while process.poll() is None and (log.exists() and log.read_bytes()) == before:
+            time.sleep(0.002)
+        try:
+            process.wait(random.uniform(0, 0.2 if kills < 100 else 600))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert process.returncode == 0, process.stderr.read()
+    assert kills >= 100
+    assert_same_run(whole, parts)
+    print(kills, "kills,", len(cebm.load_checkpoint(parts / "ckpt.pt")["rollbacks"]), "rollbacks")
+
+
+@pytest.mark.slow
+def test_memory_and_speed_stay_as_they_were_over_two_thousand_updates(tmp_path):
+    many = tiny("updates=2200", "checkpoint_every=20", "log_every=50")
+    process = launch("train", *many, "--out", tmp_path)
+    sizes, log = {}, tmp_path / "log.csv"
+    while process.poll() is None:
+        update = int(rows(tmp_path)[-1]["update"]) if log.exists() else 0
+        with open(f"/proc/{process.pid}/statm") as file:
+            sizes[update] = int(file.read().split()[1] or 0) or sizes.get(update)
+        time.sleep(0.1)
+    assert process.returncode == 0
+    warm, end = (statistics.median(s for u, s in sizes.items() if low < u <= high)
+                 for low, high in ((200, 500), (1900, 2200)))
+    assert end / warm < 1.05, (warm, end)
+    with open(log, newline="") as file:
+        seconds = {int(row["update"]): float(row["seconds"]) for row in csv.DictReader(file)}
+    early, late = seconds[700] - seconds[200], seconds[2200] - seconds[1700]
+    print(f"RSS {end / warm:.3f}, time {late / early:.3f}; the end against after warm-up")
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(trained, tmp_path):
