@@ -167,8 +167,8 @@ def children(preset: str, data_dir: str | None) -> dict:
     settings += ["chains.steps=3", "train.updates=3", "guard.every=1", "log_every=1"]
     where = data_dir or "data"
     options = [part for s in settings for part in ("--set", s)]
-    inside = ("import sys, resource; sys.path[:0] = {0!r}, {1!r}\n{2}\n"
-              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    inside = ("import atexit, sys; sys.path[:0] = {0!r}, {1!r}\natexit.register(lambda: print("
+              "open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))\n{2}")
 
     def peak(code: str) -> float:
         code = inside.format(str(ROOT), str(ROOT / "tests"), code)
