@@ -150,13 +150,15 @@ def load_checkpoint(path) -> dict:
         if damaged := zipfile.ZipFile(path).testzip():  # torch itself checks no sums
             raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise Failure(f"it is of format {state['format']}")
         config, buffer = parse_config(state["config"]), state.get("buffer")
         shape = (config.chains.buffer, *config.data.image)
         fits = buffer is None or (buffer.shape == shape and buffer.dtype == torch.float32)
-        finite = all(v.isfinite().all() for v in state["model"].values())
-        if state["format"] == FORMAT and state["updates"] >= 0 and fits and finite:
+        weights = [*state["model"].values(), *(state.get("average") or {}).values()]
+        if state["updates"] >= 0 and fits and all(v.isfinite().all() for v in weights):
             return state
-        reason = "another format, or values that no run leaves"
+        reason = "values that no run leaves"
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
         reason = getattr(error, "message", type(error).__name__)
     raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}): take another copy")
@@ -174,17 +176,19 @@ def load_model(path, device="cpu"):
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
 
-def new_model(config, device):
-    """The untrained model of `config`: the same seed gives the same weights."""
+def new_model(config, device, training=False):
+    """The untrained model of `config`: the same seed, the same weights. Failure beyond memory."""
     build = partial(models.build, config.model, config.data.image, config.data.classes)
     with torch.device("meta"):
         weights = sum(p.numel() for p in build().parameters())
-    pixels, channels = math.prod(config.data.image[1:]), config.data.image[0]
-    floats = 12 * weights + pixels * (  # gradients, moments, two snapshots; chains; activations
-        4 * channels * config.chains.buffer + 2 * config.train.batch * sum(config.model.channels))
-    if 4 * floats > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        raise Failure(f"model, train.batch or chains.buffer need {4 * floats / 2**30:,.0f} GiB of "
-                      f"memory, here are {memory / 2**30:.0f}: choose smaller ones")
+    if training:  # gradients, moments, two snapshots; chains; activations
+        maps = 2 * sum(width / 4**i for i, width in enumerate(config.model.channels))
+        weights = 12 * weights + math.prod(config.data.image[1:]) * (
+            4 * config.data.image[0] * config.chains.buffer + maps * config.train.batch)
+    need, memory = 4 * weights, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.device(device).type == "cpu" and need > memory:
+        raise Failure(f"model, batch or buffer need {need / 2**30:,.0f} GiB of memory, here are "
+                      f"{memory / 2**30:.0f}: choose smaller ones")
     with evaluate.seeded(config.train.seed, torch.device("cpu")):
         model = build()
     return model.to(device, memory_format=torch.channels_last)
@@ -234,7 +238,7 @@ class Run:
     several processes (`torchrun`) each has a share of the buffer and a generator of its own."""
     def __init__(self, config, device, rank: int, ranks: int):
         train, c = config.train, config.chains
-        self.rank, self.ranks, self.model = rank, ranks, new_model(config, device)
+        self.rank, self.ranks, self.model = rank, ranks, new_model(config, device, True)
         self.generator = torch.default_generator if device.type == "cpu" else (
             torch.cuda.default_generators[device.index or 0])  # some losses draw from it too
         torch.manual_seed(train.seed + 1_000_003 * rank)  # another sequence in each process
@@ -246,7 +250,7 @@ class Run:
         if train.average:
             swa = torch.optim.swa_utils
             mean = swa.get_ema_multi_avg_fn(train.average)
-            self.parts["average"] = swa.AveragedModel(self.model, multi_avg_fn=mean)
+            self.parts["average"] = swa.AveragedModel(self.model, None, None, mean, True)
         self.model.forward = self.loss = self.model.loss
         if ranks > 1:  # gradients are averaged where the model is called
             self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
@@ -283,15 +287,20 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         raise click.UsageError(f"train.batch, chains.buffer: not multiples of {ranks} processes")
     run, floor = Run(config, device, rank, ranks), {}
     model, buffer = run.model, run.buffer
+    if rank:
+        torch.distributed.barrier()  # the first process downloads
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
+    if rank == 0 and ranks > 1:
+        torch.distributed.barrier()
     if len(images) < settings.batch:
         raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
     if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
         pixels = guard.pixels + 4 * c.noise_std * math.sqrt(c.steps)
         floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
     auto = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
-    now = {"updates": 0, "level": floor, **run.snapshot()}  # what a rollback brings back
-    kept = {"good": now, "seconds": 0.0, "log": "", "rollbacks": [],
+    greatest = torch.zeros((), device=device)  # magnitudes since the last checkpoint, then a vector
+    now = {"updates": 0, "level": floor, "greatest": greatest, **run.snapshot()}
+    kept = {"good": now, "candidate": now, "seconds": 0.0, "log": "", "rollbacks": [],
             "precision": auto if settings.precision == "auto" else settings.precision}
     if path.exists():
         state = load_checkpoint(path)
@@ -305,7 +314,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Failure(f"{path} cannot be gone on from, a part of its state is missing or of "
                           f"another device ({error!r:.80}): choose another --out") from error
-        click.echo(f"going on after update {now['updates']} of {path}, in {kept['precision']}")
+        click.echo(f"going on after update {now['updates']} of {path}")
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
@@ -321,8 +330,13 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
             "seed": settings.seed, "device": device.type, "torch": str(torch.__version__),
             "python": platform.python_version()}, content := io.BytesIO())
         write(path, content.getbuffer())
-    update, greatest = now["updates"], torch.zeros((), device=device)
+    click.echo(f"{settings.updates} updates in {kept['precision']}; every {settings.log_every}:")
+    update, greatest = now["updates"], now["greatest"].to(device)
     while update < settings.updates:
+        if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
+            raise Failure("diverged {} times, last at update {update}: {why}. {} is good, of "
+                          "update {to}. Try a lower train.rate, more chains.steps, a higher model.l2, "
+                          "l2_on=both".format(len(rollbacks), path, **rollbacks[-1]))
         epoch, position = divmod(update, len(images) // settings.batch)
         order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
         chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
@@ -348,7 +362,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         kept["seconds"] = begun + time.monotonic() - started
         last, reason, stop = update == settings.updates, "", 0
         keep = last or update % settings.checkpoint_every == 0
-        if keep or update % guard.every == 0 or (interrupted and ranks == 1):
+        if keep or update % guard.every == 0:
             weights = torch.nn.utils.get_total_norm(model.parameters()).detach()
             more = torch.stack([weights, torch.full_like(weights, len(interrupted))])
             seen = torch.cat([greatest, more]).nan_to_num(torch.inf)
@@ -357,6 +371,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
             *found, stop = seen.tolist()  # waits for the device
             found = dict(zip([*metrics, "weights"], found, strict=True))
             reason = out_of_bounds(found, kept["good"]["level"], guard)
+        stop = stop or (ranks == 1 and interrupted)
         if reason:
             rollbacks.append({"update": update, "to": kept["good"]["updates"], "why": reason})
         if update % settings.log_every == 0 or last or reason:
@@ -370,14 +385,10 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         if reason:
             run.restore(kept["good"])
             torch.manual_seed(settings.seed + len(rollbacks) + 1_000_003 * rank)
-            now = kept["good"] = {**kept["good"], **run.snapshot()}
-            update, greatest, diverged = now["updates"], torch.zeros_like(greatest), update
+            now = kept["good"] = kept["candidate"] = {**kept["good"], **run.snapshot()}
+            click.echo(f"update {update}: {reason}; back to update {now['updates']}")
+            update, greatest = now["updates"], torch.zeros_like(greatest)
             save()
-            if len(rollbacks) > guard.rollbacks:
-                raise Failure(f"diverged at update {diverged}: {reason}, {guard.rollbacks} "
-                              f"rollbacks did not help. {path} is good, of update {update}. Try a "
-                              "lower train.rate, more chains.steps, a higher model.l2, l2_on=both")
-            click.echo(f"update {diverged}: {reason}; back to update {update}")
             continue
         if draws and (update % math.ceil(settings.updates / draws) == 0 or last):
             with evaluate.seeded(settings.seed, device), torch.no_grad():
@@ -385,11 +396,11 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
             write(folder / "samples" / f"{update:07d}.png", evaluate.grid_png(shown))
             model.train()
         if keep or stop:
-            level = now["level"]
-            if keep:  # healthy ever since the last checkpoint
-                kept["good"], level = now, {k: max(v, found[k]) for k, v in floor.items()}
-                greatest = torch.zeros_like(greatest)
-            now = {"updates": update, "level": level, **run.snapshot()}
+            now = {**now, "updates": update, "greatest": greatest, **run.snapshot()}
+            if keep:  # healthy ever since the candidate
+                top, now["greatest"] = guard.runaway, (greatest := torch.zeros_like(greatest))
+                now["level"] = {k: max(v, min(found[k], top * v)) for k, v in floor.items()}
+                kept["good"], kept["candidate"] = kept["candidate"], now
             save()
         if stop:
             return last
@@ -399,11 +410,12 @@ def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        torch.zeros(1, device=name).tolist()
-        return torch.device(name)
+        if (device := torch.device(name)).type == "cuda":
+            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device).tolist()
+        return device
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
@@ -538,8 +550,8 @@ def knn(model, config, train, test, data_dir, device, limit, plot):
         counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
         row.setdefault("confusion", counts.view(classes, classes).tolist())  # the latents'
     if plot:
-        names = data.class_names(config.data.name, data_dir, classes)
-        write_whole(Path(plot), evaluate.confusion_png(torch.tensor(row["confusion"]), names))
+        write_whole(Path(plot), evaluate.confusion_png(
+            torch.tensor(row["confusion"]), data.class_names(config.data.name, data_dir, classes)))
     if config.model.name in ("jem", "hdge"):
         right = evaluate.in_batches(model.f, test[0], device).argmax(1).cpu() == test[1]
         row["accuracy"] = round(100 * right.double().mean().item(), 2)
@@ -627,8 +639,8 @@ def show(what):
         click.echo(as_yaml(asdict(compose(what))), nl=False)
     elif Path(what).is_file():
         state = load_checkpoint(what)
-        other = ("model", "optimiser", "average", "buffer", "generators", "good", "log")
-        facts = {k: v for k, v in state.items() if k not in other}
+        facts = {k: v for k, v in state.items() if k not in (
+            "model optimiser average buffer generators good candidate greatest log".split())}
         facts["tensors"] = sum(v.numel() for v in state["model"].values())
         click.echo(as_yaml(facts), nl=False)
     else:

@@ -108,7 +108,6 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
 @cache
 def glyphs(split: str) -> tuple[Tensor, Tensor]:
     """The embedded set: 10,000 training and 2,000 test digits (1, 28, 28), drawn from a fixed seed.
-
     The strokes of configs.yaml are jittered, joined by cubic splines, slanted, turned, scaled,
     shifted, and inked with a pen of random width. Callers share the tensors, read-only.
     """

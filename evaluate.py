@@ -24,7 +24,6 @@ def seeded(seed: int, device):
 
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     """Index (M,) of the training vector (N, D) nearest to each test vector (M, D) in L2.
-
     |a|^2 - 2ab in float64, `floats` numbers at a time: exact for pixels, to 1e-15 of |a|^2 else.
     Ties go to the lowest index.
     """
@@ -56,7 +55,6 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0
 
 def probe(train, train_y, test, test_y, classes: int, per_class: int | None, draws: int = 10):
     """Percent of test latents (M, D) that logistic regression on latents (N, D) gets right.
-
     Fitted to `per_class` labels a class, drawn `draws` times, or to all of them once: mean, std.
     """
     scores = []

@@ -67,9 +67,7 @@ class PixelGradient(torch.autograd.Function):
 
 class Network(nn.Module):
     """Convolutions of Tables 5 to 8, then fully connected `heads` side by side, in float32.
-
-    28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a side. A head: its layers' widths.
-    """
+    28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a side. A head: its layers' widths."""
     def __init__(self, config, image_shape, heads, activation, normalise=False):
         super().__init__()
         layers, (previous, height, width) = [], image_shape
@@ -84,15 +82,14 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs)."""
-        first, features = self.trunk[0], None
-        if x.device.type == "cpu" and not first.weight.requires_grad:  # a chain
-            features = PixelGradient.apply(x, first.weight, first.bias)
-        features = self.trunk(x) if features is None else self.trunk[1:](features)
+        first = self.trunk[0]
+        chain = x.device.type == "cpu" and not first.weight.requires_grad
+        features = self.trunk[1:](PixelGradient.apply(x, first.weight, first.bias)) if chain else (
+            self.trunk(x))
         return torch.cat([in_float32(head, features) for head in self.heads], dim=1)
 
 class Gaussian:
     """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
-
     Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes (..., D) of z, (..., 2, D) of eta, lam.
     A is short of log(2 pi) / 2 a dimension, which cancels in every difference.
     """
@@ -111,10 +108,8 @@ class Gaussian:
         return normal(-lam1 / (2 * lam2), (-2 * lam2).rsqrt())
 
 class Bernoulli:
-    """eta(z) = z, A(lam) = sum_d softplus(lam), mean sigmoid(lam); S = 1.
-
-    As Eq. 29 and 33 have it, E_lam(z) = -<lam, z> without A(lam).
-    """
+    """eta(z) = z, A(lam) = sum_d softplus(lam), mean sigmoid(lam); S = 1. As Eq. 29 and 33 have it,
+    E_lam(z) = -<lam, z> without A(lam)."""
     @staticmethod
     def eta(z: Tensor) -> Tensor:
         return z[..., None, :]
@@ -129,7 +124,6 @@ class Bernoulli:
 
 class Prior(nn.Module):
     """p_lam(z), a mixture of K members of a family, and its posteriors given statistics t(x).
-
     K = 1: E_lam(z) = -<lam, eta(z)> + A(lam) of N(0, I), or of a learned Bernoulli. K > 1 Gaussians
     are learned; y is uniform over them and summed out.
     """
@@ -188,7 +182,6 @@ class Prior(nn.Module):
 
 class LinearStatistics(nn.Module):
     """Eq. 33: t(x) = [t_x(x)^T theta_xz, <theta_x, t_x(x)>].
-
     Bernoulli x: t_x = v = (x + 1) / 2, grey pixels as chances. Gaussian x: t_x = (x, x^2), where
     theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed for the square.
     """
@@ -230,9 +223,7 @@ def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str,
 
 class Conjugate(nn.Module):
     """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): CEBM, GMM-CEBM; with linear t, RBM, EFH.
-
-    `head`: one hidden layer for both statistics ("shared", Table 5) or one each ("separate").
-    """
+    `head`: one hidden layer for both statistics ("shared", Table 5) or one each ("separate")."""
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
         self.config, self.chain, family = config, "langevin", Gaussian
@@ -246,10 +237,8 @@ class Conjugate(nn.Module):
         self.prior = Prior(config, family)
 
     def t(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Statistics (B, C, H, W) -> (B, S, D), and a term of x alone (B,) (Eq. 33) or 0.
-
-        t_2 <= 0, so that posteriors exist: -h^2 or -softplus(h) of the network's raw output h.
-        """
+        """Statistics (B, C, H, W) -> (B, S, D), and a term of x alone (B,) (Eq. 33) or 0. t_2 <= 0,
+        so that posteriors exist: -h^2 or -softplus(h) of the network's raw output h."""
         if self.chain == "gibbs":
             return self.network(x)
         t1, h = self.network(x).chunk(2, dim=1)
@@ -308,10 +297,8 @@ class EnergyNetwork(nn.Module):
         return -self.f(x).logsumexp(1)
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Contrastive divergence on E(x); of classifiers + the cross-entropy of p(y | x).
-
-        HDGE, without chains: -log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]), j over the batch.
-        """
+        """Contrastive divergence on E(x); of classifiers + the cross-entropy of p(y | x). HDGE,
+        without chains: -log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]), j over the batch."""
         logits = self.f(x if chains is None else torch.cat([x, chains]))
         if chains is None:
             loss = F.cross_entropy(logits.T[y], torch.arange(len(y), device=y.device))

@@ -58,16 +58,19 @@ class Graph:
     def record(self, x: Tensor) -> None:
         """Three moves in a stream of their own, as capture asks for, then the recording."""
         self.start, state, stream = x.clone(), self.generator.get_state(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.move(self.start)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        with torch.cuda.graph(graph):
-            self.end = self.move(self.start)
-        self.generator.set_state(state)
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self.move(self.start)
+            before.wait_stream(stream)
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                self.end = self.move(self.start)
+        finally:  # also when the capture fails
+            torch.cuda.set_stream(before)
+            self.generator.set_state(state)
         self.graph = graph
 
     def __call__(self, x: Tensor) -> Tensor:

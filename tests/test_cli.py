@@ -264,10 +264,35 @@ def test_a_rate_that_diverges_is_halved_until_it_does_not_and_the_same_each_time
     assert rate == 0.5 * 0.5 ** (len(state["rollbacks"]) - 2)
 
 
+def test_a_run_stopped_by_ctrl_c_rolls_back_as_the_uninterrupted_one(tmp_path, monkeypatch):
+    import models
+
+    honest, calls, folders = models.Conjugate.loss, [], [tmp_path / "whole", tmp_path / "parts"]
+
+    def loss(self, x, y, chains):
+        calls.append(1)
+        if len(calls) == 15 and not stopped:
+            stopped.append(os.kill(os.getpid(), signal.SIGINT))
+        loss, metrics = honest(self, x, y, chains)
+        return loss + (float("nan") if len(calls) == 18 else 0), metrics
+
+    monkeypatch.setattr(models.Conjugate, "loss", loss)
+    stopped = [True]
+    assert run("train", *tiny("checkpoint_every=8"), "--out", folders[0]).exit_code == 0
+    stopped.clear()
+    calls.clear()
+    assert run("train", *tiny("checkpoint_every=8"), "--out", folders[1]).exit_code == 130
+    assert cebm.load_checkpoint(folders[1] / "ckpt.pt")["updates"] == 15
+    assert run("train", *tiny("checkpoint_every=8"), "--out", folders[1]).exit_code == 0
+    assert_same_run(*folders)
+    assert cebm.load_checkpoint(folders[1] / "ckpt.pt")["rollbacks"][0]["to"] == 8
+
+
 def test_too_many_rollbacks_end_the_run_in_its_last_good_state(tmp_path):
     result = run("train", *DIVERGING, "--set", "rollbacks=1", "--out", tmp_path)
     assert result.exit_code == 1
-    assert "1 rollbacks did not help" in result.stderr
+    assert "diverged 2 times" in result.stderr
+    assert run("train", *DIVERGING, "--set", "rollbacks=1", "--out", tmp_path).exit_code == 1
     assert f"{tmp_path}/ckpt.pt is good" in result.stderr
     assert "lower train.rate" in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 2
@@ -642,6 +667,9 @@ def test_files_that_are_no_checkpoint_are_refused_and_run_no_code(trained, tmp_p
     payload = {"format": cebm.FORMAT, "config": Payload(tmp_path / "ran")}
     torch.save(payload, tmp_path / "payload.pt")
     contents.append((tmp_path / "payload.pt").read_bytes())
+    state = {**cebm.load_checkpoint(trained / "ckpt.pt"), "format": 2}
+    torch.save(state, bad)
+    assert "it is of format 2" in run("show", bad).stderr
     for other in ([1, 2], {"format": 99}, {"format": cebm.FORMAT}, *spoiled(trained)):
         torch.save(other, bad)
         contents.append(bad.read_bytes())
