@@ -168,10 +168,10 @@ def load_model(path, device="cpu"):
     state = load_checkpoint(path)
     config = parse_config(state["config"])
     model = new_model(config, device)
-    prefix, average = "module.", state.get("average") or {}
+    average = {k.removeprefix("module."): v for k, v in (state.get("average") or {}).items()}
+    average.pop("n_averaged", None)
     try:
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in average.items()
-                               if k.startswith(prefix)} or state["model"])
+        model.load_state_dict(average or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
@@ -533,7 +533,8 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
 @table_command
 @click.option("--limit", type=click.IntRange(1), help="Only the first N training images.")
 @click.option("--plot", type=OUT, help="The last CKPT's confusion matrix as a PNG.")
-def knn(model, config, train, test, data_dir, device, limit, plot):
+@click.option("--whiten", is_flag=True, help="Bring latents' principal directions to one scale.")
+def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
     """Exact 1-nearest-neighbour test accuracy (supplement E.1), in percent.
 
     In latent space, that of the same network untrained, and pixel space; a classifier's own too.
@@ -545,6 +546,8 @@ def knn(model, config, train, test, data_dir, device, limit, plot):
               "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round()}
     for space, represent in spaces.items():
         a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
+        if whiten and space != "pixel":
+            a, b = evaluate.whiten(a, b)
         predicted = train[1][evaluate.nearest(a, b).cpu()]
         row[space] = round(100 * (predicted == test[1]).double().mean().item(), 2)
         counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)

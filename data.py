@@ -7,10 +7,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 import yaml
+from click import ClickException as DataError  # one message on stderr, exit status 1
 from torch import Tensor
 
 # torchvision's class, and the images of each split
@@ -21,8 +21,6 @@ PUBLIC = {"mnist": ("MNIST", {"train": 60_000, "test": 10_000}),
 CLASSES = {"fmnist": "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split(),
            "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split()}
 
-class DataError(click.ClickException):
-    """Data that is absent, damaged or of the wrong shape; the message says what to do."""
 def class_names(name: str, data_dir: str, num_classes: int) -> list[str]:
     """What the labels stand for, in their order."""
     if name == "folder":
@@ -37,8 +35,7 @@ def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
     """Images (N, C, H, W) uint8 and labels (N,) int64 of `split`, "train" or "test", or DataError.
 
     A folder's images are scaled to `image_shape` (C, H, W), others checked against it; `extra` adds
-    SVHN's extra images to its training set.
-    """
+    SVHN's extra images to its training set."""
     if name == "glyphs":
         images, labels = glyphs(split)
     elif name == "folder":
@@ -109,8 +106,7 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
 def glyphs(split: str) -> tuple[Tensor, Tensor]:
     """The embedded set: 10,000 training and 2,000 test digits (1, 28, 28), drawn from a fixed seed.
     The strokes of configs.yaml are jittered, joined by cubic splines, slanted, turned, scaled,
-    shifted, and inked with a pen of random width. Callers share the tensors, read-only.
-    """
+    shifted, and inked with a pen of random width. Callers share the tensors, read-only."""
     from PIL import Image, ImageDraw
     from scipy.interpolate import CubicSpline
     book = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())

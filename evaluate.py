@@ -25,8 +25,7 @@ def seeded(seed: int, device):
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     """Index (M,) of the training vector (N, D) nearest to each test vector (M, D) in L2.
     |a|^2 - 2ab in float64, `floats` numbers at a time: exact for pixels, to 1e-15 of |a|^2 else.
-    Ties go to the lowest index.
-    """
+    Ties go to the lowest index."""
     test = test.double()
     least, index = torch.full_like(test[:, 0], torch.inf), torch.zeros(len(test), dtype=torch.long)
     index, size = index.to(test.device), max(1, floats // len(test))
@@ -36,6 +35,12 @@ def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
         index = torch.where(value < least, row + i * size, index)
         least = torch.minimum(least, value)
     return index
+
+def whiten(train: Tensor, test: Tensor, damping: float = 0.03) -> tuple[Tensor, Tensor]:
+    """Latents (N, D), (M, D) along the principal directions of `train`, each divided by its
+    deviation + `damping` of the largest one."""
+    _, s, v = torch.linalg.svd((train - train.mean(0)).double(), full_matrices=False)
+    return tuple(x.double() @ (v.T / (s + damping * s[0])) for x in (train, test))
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0) -> Tensor:
     """Softmax regression of y (N,) on x (N, D): weights (D + 1, classes), the last row the bias,
@@ -55,8 +60,7 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0
 
 def probe(train, train_y, test, test_y, classes: int, per_class: int | None, draws: int = 10):
     """Percent of test latents (M, D) that logistic regression on latents (N, D) gets right.
-    Fitted to `per_class` labels a class, drawn `draws` times, or to all of them once: mean, std.
-    """
+    Fitted to `per_class` labels a class, drawn `draws` times, or to all of them once: mean, std."""
     scores = []
     for draw in range(draws if per_class else 1):
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(draw))

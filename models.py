@@ -91,8 +91,7 @@ class Network(nn.Module):
 class Gaussian:
     """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
     Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes (..., D) of z, (..., 2, D) of eta, lam.
-    A is short of log(2 pi) / 2 a dimension, which cancels in every difference.
-    """
+    A is short of log(2 pi) / 2 a dimension, which cancels in every difference."""
     @staticmethod
     def eta(z: Tensor) -> Tensor:
         return torch.stack([z, z * z], dim=-2)
@@ -125,8 +124,7 @@ class Bernoulli:
 class Prior(nn.Module):
     """p_lam(z), a mixture of K members of a family, and its posteriors given statistics t(x).
     K = 1: E_lam(z) = -<lam, eta(z)> + A(lam) of N(0, I), or of a learned Bernoulli. K > 1 Gaussians
-    are learned; y is uniform over them and summed out.
-    """
+    are learned; y is uniform over them and summed out."""
     def __init__(self, config, family=Gaussian):
         super().__init__()
         self.family, shape = family, (config.components, config.latent)
@@ -183,8 +181,7 @@ class Prior(nn.Module):
 class LinearStatistics(nn.Module):
     """Eq. 33: t(x) = [t_x(x)^T theta_xz, <theta_x, t_x(x)>].
     Bernoulli x: t_x = v = (x + 1) / 2, grey pixels as chances. Gaussian x: t_x = (x, x^2), where
-    theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed for the square.
-    """
+    theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed for the square."""
     def __init__(self, config, image_shape):
         super().__init__()
         self.image_shape, self.binary = image_shape, config.name == "rbm"

@@ -448,6 +448,9 @@ def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained,
     table = run("knn", checkpoint, "--limit", 500, "--markdown").stdout.splitlines()
     assert table[0].startswith("| checkpoint | model | data | updates | latent |")
     assert len(table) == 3
+    white = json.loads(run("knn", checkpoint, "--json", "--limit", 500, "--whiten").stdout)[0]
+    assert white["pixel"] == first["pixel"]
+    assert white["latent"] != first["latent"]
 
 
 def test_export_holds_what_the_model_says_of_each_image(trained, tmp_path):

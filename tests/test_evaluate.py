@@ -140,6 +140,19 @@ def test_the_map_has_a_point_of_its_classs_colour_and_a_legend():
     assert tuple(shown[710, 680]) == colours[1]
 
 
+def test_whitened_latents_have_unit_variance_along_principal_directions_but_small_ones():
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator).double())[0]
+    scales = torch.tensor([10.0, 1.0, 1e-6]).double()
+    train = (torch.randn(5000, 3, generator=generator).double() * scales + 7) @ turn
+    a, b = evaluate.whiten(train, train[:9], damping=0.03)
+    torch.testing.assert_close(b, a[:9])
+    covariance = torch.cov(a.T) * len(a)
+    expected = (scales / (scales + 0.03 * 10)).square()
+    torch.testing.assert_close(covariance.diagonal(), expected, rtol=0.1, atol=1e-9)
+    assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-9
+
+
 def test_drawing_under_a_seed_leaves_the_random_state_as_it_was():
     torch.manual_seed(5)
     before = torch.get_rng_state()
