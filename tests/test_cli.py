@@ -208,6 +208,18 @@ def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 6
 
 
+def test_the_average_of_the_weights_is_exponential_and_what_is_evaluated(tmp_path):
+    states = []
+    for updates in (1, 2):
+        settings = tiny("average=0.75", "decay=none", f"updates={updates}")
+        run("train", *settings, "--out", tmp_path / str(updates))
+        states.append(cebm.load_checkpoint(tmp_path / str(updates) / "ckpt.pt")["model"])
+    loaded = cebm.load_model(tmp_path / "2" / "ckpt.pt")[0].state_dict()
+    for name, value in loaded.items():
+        torch.testing.assert_close(value, 0.75 * states[0][name] + 0.25 * states[1][name])
+    assert any(not torch.equal(value, states[1][name]) for name, value in loaded.items())
+
+
 def test_a_second_train_in_the_same_folder_is_refused(tmp_path):
     with cebm.claimed(tmp_path):
         result = run("train", *tiny(), "--out", tmp_path)
@@ -535,7 +547,8 @@ def test_every_preset_at_its_true_size_trains_resumes_and_is_evaluated(
         prior = [k for k in fresh if k.startswith("prior")]
         loaded = cebm.load_model(tmp_path / "ckpt.pt")[0].state_dict()
         assert len(prior) == 2
-        assert all(torch.equal(loaded[k], state["model"][k]) for k in prior)
+        kept = {f"module.{k}": v for k, v in state["model"].items()} | state.get("average", {})
+        assert all(torch.equal(loaded[k], kept[f"module.{k}"]) for k in prior)
         assert not any(torch.equal(loaded[k], fresh[k]) for k in prior)
     checkpoint, drawn = tmp_path / "ckpt.pt", tmp_path / "drawn.png"
     for extra in ([], ["--given", 3], ["--refine", 2]):
@@ -574,7 +587,10 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     four = {f"{m}-{d}" for m in seven for d in ("mnist", "fmnist", "cifar10", "svhn")}
     two = {f"{m}-{d}" for m in ("gan", "jem", "hdge", "rbm", "efh") for d in ("mnist", "fmnist")}
     assert len(four | two) == 38
-    assert set(listed) == four | two | {"quickstart", "cebm-folder", "cebm-fmnist-literal"}
+    fast = {f"{m}-{d}-fast" for m in ("cebm", "gmm-cebm", "igebm", "jem")
+            for d in ("mnist", "fmnist")}
+    others = {"quickstart", "cebm-folder", "cebm-fmnist-literal"}
+    assert set(listed) == four | two | fast | others
     for name in listed:
         printed = yaml.safe_load(run("show", name).stdout)
         assert cebm.parse_config(printed) == cebm.compose(name)
