@@ -442,6 +442,20 @@ def test_a_checkpoint_without_a_buffer_says_that_it_starts_from_noise(trained, t
     assert "starting from noise" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["cebm-fmnist", "cebm-mnist"])
+def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(name, tmp_path):
+    path = ROOT / "checkpoints" / f"{name}.pt"
+    assert path.stat().st_size < 2e6
+    assert cebm.load_checkpoint(path)["preset"].startswith(name)
+    result = run("sample", path, "--steps", 60, "--count", 8, "--out", tmp_path / "a.png")
+    assert "starting from noise" in result.stdout
+    before, after = (float(v) for v in result.stdout.split("energy ")[1].split(",")[0].split("->"))
+    assert after < 10 < before
+    (tmp_path / "ckpt.pt").write_bytes(path.read_bytes())
+    result = run("train", "--preset", name, "--out", tmp_path)
+    assert result.exit_code == 1
+
+
 def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained, tmp_path):
     checkpoint = trained / "ckpt.pt"
     result = run("knn", checkpoint, checkpoint, "--json", "--limit", 500)
