@@ -296,7 +296,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
     if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
         pixels = guard.pixels + 4 * c.noise_std * math.sqrt(c.steps)
-        floor = {"gap": guard.gap, "pixels": pixels}
+        floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
     auto = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
     greatest = torch.zeros((), device=device)  # magnitudes since the last checkpoint, then a vector
     now = {"updates": 0, "level": floor, "greatest": greatest, **run.snapshot()}
@@ -349,8 +349,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         if buffer:
             slots, chains = buffer.draw(len(chosen))
             buffer.images[slots] = chains = move(chains)
-            ends = {"pixel_min": chains.min(), "pixel_max": chains.max(),
-                    "pixels": chains.flatten(1).abs().amax(1).mean()}
+            ends = {"pixel_min": chains.min(), "pixel_max": chains.max()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, metrics = run.loss(x, labels[chosen], chains)
         run.optimiser.zero_grad(set_to_none=True)
