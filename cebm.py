@@ -527,7 +527,7 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
         x = sampling.mover(model, energy, steps, c.step_size, c.noise_std, generator)(start)
         click.echo(f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
                    f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}")
-    write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x.cpu()]), given))
+    write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x.cpu()]), given and count))
     click.echo(out)
 
 @table_command
@@ -550,8 +550,9 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
             a, b = evaluate.whiten(a, b)
         predicted = train[1][evaluate.nearest(a, b).cpu()]
         row[space] = round(100 * (predicted == test[1]).double().mean().item(), 2)
-        counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
-        row.setdefault("confusion", counts.view(classes, classes).tolist())  # the latents'
+        if space == "latent":
+            counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
+            row["confusion"] = counts.view(classes, classes).tolist()
     if plot:
         write_whole(Path(plot), evaluate.confusion_png(
             torch.tensor(row["confusion"]), data.class_names(config.data.name, data_dir, classes)))

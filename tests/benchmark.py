@@ -86,8 +86,7 @@ def naive_model(config, device):
 def chains(config, device, rounds: int) -> list[dict]:
     """A row for each path: ms a step, ms an update, speed-ups, arithmetic rate."""
     c, shape, b = config.chains, config.data.image, config.train.batch
-    generator = torch.default_generator if device.type == "cpu" else (
-        torch.cuda.default_generators[device.index or 0])
+    generator = torch.Generator(device).manual_seed(0)
     slow, model = naive_model(config, device), cebm.new_model(config, device)
     x = sampling.uniform((b, *shape), generator)
     few = 2 if device.type == "cpu" else c.steps
@@ -187,6 +186,7 @@ def children(preset: str, data_dir: str | None) -> dict:
         process = subprocess.Popen(
             [sys.executable, "-u", ROOT / "cebm.py", "train", "--out", folder, "--set",
              "log_every=1"], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()  # says what is to come
         process.stdout.readline()
         first = time.perf_counter() - start
         process.kill()
