@@ -260,9 +260,9 @@ class Run:
         parts = [(self.buffer and self.buffer.images.cpu(), self.generator.get_state())]
         if self.ranks > 1:
             torch.distributed.all_gather_object(parts := parts * self.ranks, parts[0])
-        return copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()} | {
+        return copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()}) | {
             "buffer": self.buffer and torch.cat([images for images, _ in parts]),
-            "generators": [generator for _, generator in parts]})
+            "generators": [generator for _, generator in parts]}
 
     def restore(self, state: dict) -> None:
         """Goes on from a snapshot, which stays as it is."""
