@@ -430,14 +430,15 @@ def table_command(figures):
     """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""
     def command(checkpoints, form, data_dir, device, **options):
         rows = []
-        for path in checkpoints:
-            model, config, state = load_model(path, device)
-            sets = [load_images(config, split, data_dir) for split in ("train", "test")]
-            rows.append({"checkpoint": path, "model": config.model.name, "data": config.data.name,
-                         "updates": state["updates"],
-                         **figures(model, config, *sets, data_dir, device, **options)})
-        shown = [{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows]
-        click.echo(json.dumps(rows) if form == "json" else evaluate.table(shown, bool(form)))
+        try:
+            for path in checkpoints:
+                model, config, state = load_model(path, device)
+                sets = [load_images(config, split, data_dir) for split in ("train", "test")]
+                row = {"checkpoint": path, "model": config.model.name, "data": config.data.name,
+                       "updates": state["updates"]}
+                rows.append(row | figures(model, config, *sets, data_dir, device, **options))
+        finally:  # also when a later checkpoint fails
+            click.echo(json.dumps(rows) if form == "json" else evaluate.table(rows, bool(form)))
     command.__dict__ |= figures.__dict__  # its click options
     for option in (click.argument("checkpoints", type=FILE, nargs=-1, required=True,
                                   metavar="CKPT..."), DATA_DIR,

@@ -27,8 +27,8 @@ def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     |a|^2 - 2ab in float64, `floats` numbers at a time: exact for pixels, to 1e-15 of |a|^2 else.
     Ties go to the lowest index."""
     test = test.double()
-    least, index = torch.full_like(test[:, 0], torch.inf), torch.zeros(len(test), dtype=torch.long)
-    index, size = index.to(test.device), max(1, floats // len(test))
+    least = torch.full_like(test[:, 0], torch.inf)
+    index, size = torch.zeros_like(least, dtype=torch.long), max(1, floats // len(test))
     for i, part in enumerate(train.split(size)):
         a = part.double()
         value, row = torch.addmm(a.square().sum(1), test, a.T, alpha=-2).min(1)
@@ -97,8 +97,8 @@ def plane(latents: Tensor) -> tuple[Tensor, str]:
     return torch.tensor(umap.UMAP(random_state=0).fit_transform(latents.numpy())), "UMAP"
 
 def table(rows: list[dict], markdown: bool = False) -> str:
-    """Rows as aligned text or as Markdown; a column that a row lacks is "-"."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Rows as aligned text or as Markdown, without lists; what a row lacks is "-"."""
+    columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if type(v) is not list))
     cells = [columns] + [[f"{v:.2f}" if isinstance(v, float) else str(v)
                           for v in (row.get(key, "-") for key in columns)] for row in rows]
     if markdown:

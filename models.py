@@ -312,7 +312,6 @@ class EnergyNetwork(nn.Module):
 class VAE(nn.Module):
     """E(x, z) = -log p(x | z) - log p(z) (Table 4), networks of Table 7, pixels in [0, 1] there."""
     chain = None
-
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
         self.config, self.prior = config, Prior(config)
@@ -391,7 +390,6 @@ class GAN(nn.Module):
     """Generator and discriminator of Table 8; E(z) = -log p(z) - logit D(G(z)) (Table 4)."""
     chain = None
     generate = VAE.generate
-
     def __init__(self, config, image_shape, num_classes: int, pairs: bool = False):
         super().__init__()
         self.prior = Prior(config)
@@ -432,7 +430,6 @@ class GAN(nn.Module):
 class BiGAN(GAN):
     """D tells (x, E(x)) from (G(z), z) (Table 8); also GMM-BiGAN."""
     posterior, represent = VAE.posterior, VAE.represent
-
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__(config, image_shape, num_classes, pairs=True)
         heads = [(config.hidden, 2 * config.latent)]

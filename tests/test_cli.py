@@ -442,7 +442,7 @@ def test_a_checkpoint_without_a_buffer_says_that_it_starts_from_noise(trained, t
     assert "starting from noise" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["cebm-fmnist", "cebm-mnist"])
+@pytest.mark.parametrize("name", ["cebm-fmnist", "cebm-mnist", "gmm-cebm-fmnist", "gmm-cebm-mnist"])
 def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(name, tmp_path):
     path = ROOT / "checkpoints" / f"{name}.pt"
     assert path.stat().st_size < 2e6
@@ -454,6 +454,15 @@ def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(name, tmp_
     (tmp_path / "ckpt.pt").write_bytes(path.read_bytes())
     result = run("train", "--preset", name, "--out", tmp_path)
     assert result.exit_code == 1
+
+
+def test_rows_that_are_done_are_printed_though_a_later_checkpoint_is_broken(trained, tmp_path):
+    (tmp_path / "broken.pt").write_bytes((trained / "ckpt.pt").read_bytes()[:1000])
+    result = run("knn", trained / "ckpt.pt", tmp_path / "broken.pt", "--json", "--limit", 100)
+    assert result.exit_code == 1
+    assert "broken.pt" in result.stderr
+    (row,) = json.loads(result.stdout)
+    assert row["updates"] == 24
 
 
 def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained, tmp_path):
