@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 
-def langevin(energy, x: Tensor, steps: int, step_size: float, noise_std: float, generator=None,
-             clip: float = 1e30) -> Tensor:
-    """x <- x - step_size dE/dx + noise_std N(0, I), `steps` times: (B, ...) -> (B, ...). A chain's
-    dE/dx that is longer than `clip` is scaled to that length."""
+def langevin(energy, x: Tensor, steps: int, step_size: float, noise_std: float, generator=None):
+    """x <- x - step_size dE/dx + noise_std N(0, I), `steps` times: (B, ...) -> (B, ...)."""
     for _ in range(steps):
         x = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = x.detach() - step_size * gradient.renorm(2, 0, clip) + noise_std * noise
+        x = x.detach() - step_size * gradient + noise_std * noise
     return x.detach()
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -39,13 +37,14 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: such blocks are of the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
 
-def fast_langevin(module: nn.Module, energy, bfloat16: bool, chain: tuple, x: Tensor) -> Tensor:
-    """`langevin(energy, x, *chain)` up to rounding, `energy` a function of `module`'s weights."""
+def fast_langevin(module: nn.Module, energy, bfloat16: bool, steps, step_size, noise_std,
+                  generator, x: Tensor) -> Tensor:
+    """`langevin` on `energy`, a function of `module`'s parameters; equal to it up to rounding."""
     x = x.contiguous(memory_format=torch.channels_last)
     needing = [p.requires_grad_(False) for p in module.parameters() if p.requires_grad]
     try:  # chains differentiate by pixels only
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-            return langevin(energy, x, *chain).contiguous()
+            return langevin(energy, x, steps, step_size, noise_std, generator).contiguous()
     finally:
         for p in needing:
             p.requires_grad_(True)
@@ -87,12 +86,11 @@ class Graph:
         self.graph.replay()
         return self.end.clone()
 
-def mover(model, energy, *chain, bfloat16=False, graph=False):
-    """A function that moves chains x on: `langevin(energy, x, *chain)`, or the model's Gibbs."""
-    steps, _, _, generator = chain[:4]
+def mover(model, energy, steps, step_size, noise_std, generator, bfloat16=False, graph=False):
+    """A function that moves chains (B, C, H, W) on: Langevin on `energy`, or the model's Gibbs."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
-    move = partial(fast_langevin, model, energy, bfloat16, chain)
+    move = partial(fast_langevin, model, energy, bfloat16, steps, step_size, noise_std, generator)
     return Graph(move, generator) if graph else move
 
 class ReplayBuffer:

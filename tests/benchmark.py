@@ -90,11 +90,11 @@ def chains(config, device, rounds: int) -> list[dict]:
     slow, model = naive_model(config, device), cebm.new_model(config, device)
     x = sampling.uniform((b, *shape), generator)
     few = 2 if device.type == "cpu" else c.steps
-    chain = c.step_size, c.noise_std, generator, c.clip
+    chain = c.step_size, c.noise_std, generator
 
     def moves(steps):
-        fast = {f: sampling.mover(model, model.energy, steps, *chain, bfloat16=f == "bfloat16",
-                                  graph=device.type == "cuda") for f in ("float32", "bfloat16")}
+        fast = {f: sampling.mover(model, model.energy, steps, *chain, f == "bfloat16",
+                                  device.type == "cuda") for f in ("float32", "bfloat16")}
         return {"naive": lambda v: sampling.langevin(slow.energy, v, steps, *chain),
                 "reference": lambda v: sampling.langevin(model.energy, v, steps, *chain), **fast}
 
@@ -124,8 +124,8 @@ def one_step_difference(config, device) -> float:
     """|bfloat16 step - float32 step| / |float32 step|, without noise, from uniform noise."""
     model, x = cebm.new_model(config, device), torch.rand(config.train.batch, *config.data.image)
     x = x.to(device) * 2 - 1
-    step = (1, config.chains.step_size, 0.0)
-    a, b = (sampling.fast_langevin(model, model.energy, half, step, x) for half in (False, True))
+    a, b = (sampling.fast_langevin(model, model.energy, half, 1, config.chains.step_size, 0.0, None,
+                                   x) for half in (False, True))
     return ((b - a).norm() / (a - x).norm()).item()
 
 
