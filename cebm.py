@@ -335,7 +335,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     while update < settings.updates:
         if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
             raise Failure("diverged {} times, last at update {update}: {why}. {} is good, of "
-                          "update {to}. Try a lower train.rate, more chains.steps, clip=5, "
+                          "update {to}. Try a lower train.rate, more chains.steps, "
                           "a higher l2, l2_on=both".format(len(rollbacks), path, **rollbacks[-1]))
         epoch, position = divmod(update, len(images) // settings.batch)
         order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
