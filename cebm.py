@@ -335,8 +335,8 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     while update < settings.updates:
         if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
             raise Failure("diverged {} times, last at update {update}: {why}. {} is good, of "
-                          "update {to}. Try a lower train.rate, more chains.steps, "
-                          "a higher l2, l2_on=both".format(len(rollbacks), path, **rollbacks[-1]))
+                          "update {to}. Try a lower train.rate, more chains.steps, a higher "
+                          "model.l2, l2_on=both".format(len(rollbacks), path, **rollbacks[-1]))
         epoch, position = divmod(update, len(images) // settings.batch)
         order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
         chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
@@ -438,7 +438,8 @@ def table_command(figures):
                        "updates": state["updates"]}
                 rows.append(row | figures(model, config, *sets, data_dir, device, **options))
         finally:  # also when a later checkpoint fails
-            click.echo(json.dumps(rows) if form == "json" else evaluate.table(rows, bool(form)))
+            if rows:
+                click.echo(json.dumps(rows) if form == "json" else evaluate.table(rows, bool(form)))
     command.__dict__ |= figures.__dict__  # its click options
     for option in (click.argument("checkpoints", type=FILE, nargs=-1, required=True,
                                   metavar="CKPT..."), DATA_DIR,

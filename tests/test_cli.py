@@ -443,7 +443,9 @@ def test_a_checkpoint_without_a_buffer_says_that_it_starts_from_noise(trained, t
 
 
 @pytest.mark.parametrize("name", ["cebm-fmnist", "cebm-mnist", "gmm-cebm-fmnist", "gmm-cebm-mnist"])
-def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(name, tmp_path):
+def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(
+        name, tmp_path, monkeypatch):
+    tiny_data(monkeypatch)
     path = ROOT / "checkpoints" / f"{name}.pt"
     assert path.stat().st_size < 2e6
     assert cebm.load_checkpoint(path)["preset"].startswith(name)
@@ -452,8 +454,10 @@ def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(name, tmp_
     before, after = (float(v) for v in result.stdout.split("energy ")[1].split(",")[0].split("->"))
     assert after < 10 < before
     (tmp_path / "ckpt.pt").write_bytes(path.read_bytes())
-    result = run("train", "--preset", name, "--out", tmp_path)
+    result = run("train", "--preset", name, "--out", tmp_path, "--set", "batch=8")
     assert result.exit_code == 1
+    assert "holds a run with other settings" in result.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == path.read_bytes()
 
 
 def test_rows_that_are_done_are_printed_though_a_later_checkpoint_is_broken(trained, tmp_path):
@@ -463,6 +467,7 @@ def test_rows_that_are_done_are_printed_though_a_later_checkpoint_is_broken(trai
     assert "broken.pt" in result.stderr
     (row,) = json.loads(result.stdout)
     assert row["updates"] == 24
+    assert run("knn", tmp_path / "broken.pt", "--markdown").stdout == ""
 
 
 def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained, tmp_path):
