@@ -46,7 +46,7 @@ def _tree(model: str, source: str, overrides: dict) -> dict:
 
 torch, np, data, evaluate, models, sampling = map(
     Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
-FORMAT = 3  # of the checkpoint; another number is refused
+FORMAT = 4  # of the checkpoint; another number is refused
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
@@ -318,8 +318,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
-    move = model.chain and sampling.mover(model, model.energy, c.steps, c.step_size, c.noise_std,
-                                          run.generator, bfloat16, device.type == "cuda")
+    move = model.chain and sampling.mover(
+        model, model.energy, c.steps, c.step_size, c.noise_std, run.generator,
+        device.type == "cuda", bfloat16=bfloat16, bound=c.bound)
     draws = settings.pictures if buffer or hasattr(model, "generate") else 0
     started, made, interrupted = time.monotonic(), 0, []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
@@ -526,7 +527,8 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
         else:
             order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
             start = stored[order[:count]].to(device)
-        x = sampling.mover(model, energy, steps, c.step_size, c.noise_std, generator)(start)
+        x = sampling.mover(model, energy, steps, c.step_size, c.noise_std, generator,
+                           bound=c.bound)(start)
         click.echo(f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
                    f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}")
     write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x.cpu()]), given and count))

@@ -131,8 +131,7 @@ def confusion_png(counts: Tensor, names: list[str], cell: int = 60) -> bytes:
         for j, text in enumerate(row):
             shade = 255 - int(255 * share[i - 1, j - 1]) if i and j else 255
             draw.rectangle((cell * j, cell * i, cell * (j + 1), cell * (i + 1)), fill=shade)
-            ink = 0 if shade > 127 else 255
-            draw.text((cell * j + 4, cell * i + cell // 3), str(text)[:9], fill=ink)
+            draw.text((cell * j + 4, cell * i + cell // 3), str(text)[:9], fill=255 * (shade < 128))
     return png(picture)
 
 def map_png(points: Tensor, labels: Tensor, names: list[str], title: str, side: int = 700) -> bytes:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 
-def langevin(energy, x: Tensor, steps: int, step_size: float, noise_std: float, generator=None):
-    """x <- x - step_size dE/dx + noise_std N(0, I), `steps` times: (B, ...) -> (B, ...)."""
+def langevin(energy, x: Tensor, steps, step_size, noise_std, generator=None, bound=0.0) -> Tensor:
+    """`steps` times x <- x - step_size dE/dx + noise_std N(0, I), clamped to +-bound if not 0."""
     for _ in range(steps):
         x = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         x = x.detach() - step_size * gradient + noise_std * noise
+        x = x.clamp_(-bound, bound) if bound else x
     return x.detach()
 
 def bfloat16_pays(device: torch.device) -> bool:
@@ -37,14 +38,14 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: such blocks are of the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
 
-def fast_langevin(module: nn.Module, energy, bfloat16: bool, steps, step_size, noise_std,
-                  generator, x: Tensor) -> Tensor:
+def fast_langevin(module: nn.Module, energy, steps, step_size, noise_std, generator, x: Tensor,
+                  bfloat16=False, bound=0.0) -> Tensor:
     """`langevin` on `energy`, a function of `module`'s parameters; equal to it up to rounding."""
     x = x.contiguous(memory_format=torch.channels_last)
     needing = [p.requires_grad_(False) for p in module.parameters() if p.requires_grad]
     try:  # chains differentiate by pixels only
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-            return langevin(energy, x, steps, step_size, noise_std, generator).contiguous()
+            return langevin(energy, x, steps, step_size, noise_std, generator, bound).contiguous()
     finally:
         for p in needing:
             p.requires_grad_(True)
@@ -86,11 +87,11 @@ class Graph:
         self.graph.replay()
         return self.end.clone()
 
-def mover(model, energy, steps, step_size, noise_std, generator, bfloat16=False, graph=False):
-    """A function that moves chains (B, C, H, W) on: Langevin on `energy`, or the model's Gibbs."""
+def mover(model, energy, steps, step_size, noise_std, generator, graph=False, **how):
+    """A function that moves chains (B, C, H, W) on: the model's Gibbs or `fast_langevin`, `how`."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
-    move = partial(fast_langevin, model, energy, bfloat16, steps, step_size, noise_std, generator)
+    move = partial(fast_langevin, model, energy, steps, step_size, noise_std, generator, **how)
     return Graph(move, generator) if graph else move
 
 class ReplayBuffer:

@@ -93,8 +93,8 @@ def chains(config, device, rounds: int) -> list[dict]:
     chain = c.step_size, c.noise_std, generator
 
     def moves(steps):
-        fast = {f: sampling.mover(model, model.energy, steps, *chain, f == "bfloat16",
-                                  device.type == "cuda") for f in ("float32", "bfloat16")}
+        fast = {f: sampling.mover(model, model.energy, steps, *chain, device.type == "cuda",
+                                  bfloat16=f == "bfloat16") for f in ("float32", "bfloat16")}
         return {"naive": lambda v: sampling.langevin(slow.energy, v, steps, *chain),
                 "reference": lambda v: sampling.langevin(model.energy, v, steps, *chain), **fast}
 
@@ -124,8 +124,8 @@ def one_step_difference(config, device) -> float:
     """|bfloat16 step - float32 step| / |float32 step|, without noise, from uniform noise."""
     model, x = cebm.new_model(config, device), torch.rand(config.train.batch, *config.data.image)
     x = x.to(device) * 2 - 1
-    a, b = (sampling.fast_langevin(model, model.energy, half, 1, config.chains.step_size, 0.0, None,
-                                   x) for half in (False, True))
+    a, b = (sampling.fast_langevin(model, model.energy, 1, config.chains.step_size, 0.0, None, x,
+                                   half) for half in (False, True))
     return ((b - a).norm() / (a - x).norm()).item()
 
 

@@ -393,6 +393,18 @@ def test_two_processes_make_the_updates_of_one_with_the_same_global_batch(tmp_pa
         assert "prior" in key or not torch.equal(value, start[key])
 
 
+def test_a_bound_holds_in_training_and_for_samples_of_the_checkpoint(trained, tmp_path):
+    loud = tiny("chains.noise_std=0.5", "bound=0.8", "updates=6")
+    assert run("train", *loud, "--out", tmp_path).exit_code == 0
+    assert [(r["pixel_min"], r["pixel_max"]) for r in rows(tmp_path)] == [
+        (f"{-near}", f"{near}") for near in 2 * [torch.tensor(0.8).item()]]
+    out = run("sample", tmp_path / "ckpt.pt", "--from", "noise", "--out", tmp_path / "s.png").stdout
+    assert "pixels -0.8 to 0.8" in out
+    refused = run("train", *tiny("bound=-1"), "--out", tmp_path / "b")
+    assert refused.exit_code == 2
+    assert "chains.bound = -1.0: it has to be a number from 0" in refused.stderr
+
+
 def test_samples_from_buffer_noise_and_given_latents(trained, tmp_path):
     checkpoint = trained / "ckpt.pt"
     for name, extra, size in [

@@ -56,6 +56,24 @@ def test_given_z_chains_descend_the_joint_energy():
     assert (model.joint_energy(end, z) < model.joint_energy(x, z)).all()
 
 
+def test_a_bounded_step_ends_at_the_nearest_point_within_the_bound_on_both_paths():
+    model, x = network(), torch.rand(4, 1, 28, 28, generator=seeded()) * 4 - 2
+    free = sampling.langevin(model.energy, x, 1, 1.0, 0.3, seeded(1))
+    near = free.clamp(-0.7, 0.7)
+    assert not torch.equal(near, free)
+    assert torch.equal(sampling.langevin(model.energy, x, 1, 1.0, 0.3, seeded(1), bound=0.7), near)
+    fast = sampling.mover(model, model.energy, 1, 1.0, 0.3, seeded(1), bound=0.7)
+    torch.testing.assert_close(fast(x), near, atol=2e-5, rtol=0)
+
+
+def test_bounded_chains_without_an_energy_fill_the_range_evenly_but_for_the_ends():
+    x = sampling.langevin(lambda x: 0 * x.sum(1), torch.zeros(20_000, 1), 400, 1.0, 0.2, seeded(),
+                          bound=1.0)
+    inner = x[x.abs() < 0.5].abs()
+    assert x.abs().max() == 1
+    assert abs((inner < 0.25).double().mean() - 0.5) < 5 * 0.5 / len(inner) ** 0.5
+
+
 def test_the_same_generator_gives_the_same_chains_and_another_does_not():
     model, x = network(), torch.zeros(4, 1, 28, 28)
     one, two, other = (
