@@ -57,8 +57,8 @@ try:
     # Name -> model, data, overrides of every preset, the newcomer's first.
     PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
     PRESETS |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
-    PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], variant["set"])
-                for v, variant in BOOK["variants"].items() for base in variant["of"]}
+    PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], kind["set"] | extra)
+                for v, kind in BOOK["variants"].items() for base, extra in kind["of"].items()}
     for preset in PRESETS.values():
         _tree(*preset)  # can be composed
 except (OSError, LookupError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:

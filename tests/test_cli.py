@@ -631,6 +631,9 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
             for d in ("mnist", "fmnist")}
     others = {"quickstart", "cebm-folder", "cebm-fmnist-literal"}
     assert set(listed) == four | two | fast | others
+    mnist, fmnist = (cebm.compose(f"jem-{d}-fast") for d in ("mnist", "fmnist"))
+    assert mnist.train == fmnist.train
+    assert (mnist.chains.bound, fmnist.chains.bound) == (1.5, 0)
     for name in listed:
         printed = yaml.safe_load(run("show", name).stdout)
         assert cebm.parse_config(printed) == cebm.compose(name)
