@@ -799,12 +799,13 @@ def test_pictures_go_only_where_a_file_can_be(trained, tmp_path, monkeypatch, ou
 
 
 @pytest.mark.parametrize("change", [("presets:", "preset:"), ("models:", "model:"),
-                                    ("limits:", "limit:"), ("of: [cebm-fmnist]", "of: [cebm-f]"),
+                                    ("limits:", "limit:"), ("of: {cebm-fmnist:", "of: {cebm-f:"),
                                     ("common:", "commons:"), ("{trunk: small}", "{trunk: smal}"),
                                     ("data:", "data: [")])
 def test_a_misspelt_configs_yaml_is_named_in_a_line(tmp_path, change):
     (tmp_path / "cebm.py").write_text((ROOT / "cebm.py").read_text())
     text = (ROOT / "configs.yaml").read_text()
+    assert change[0] in text
     (tmp_path / "configs.yaml").write_text(text.replace(*change))
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cebm; cebm.main(['show'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
