@@ -393,7 +393,7 @@ def test_two_processes_make_the_updates_of_one_with_the_same_global_batch(tmp_pa
         assert "prior" in key or not torch.equal(value, start[key])
 
 
-def test_a_bound_holds_in_training_and_for_samples_of_the_checkpoint(trained, tmp_path):
+def test_a_bound_holds_in_training_and_for_samples_of_the_checkpoint(tmp_path):
     loud = tiny("chains.noise_std=0.5", "bound=0.8", "updates=6")
     assert run("train", *loud, "--out", tmp_path).exit_code == 0
     assert [(r["pixel_min"], r["pixel_max"]) for r in rows(tmp_path)] == [
