@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def langevin(energy, x: Tensor, steps, step_size, noise_std, generator=None, bound=0.0) -> Tensor:
-    """`steps` times x <- x - step_size dE/dx + noise_std N(0, I), clamped to +-bound if not 0."""
+    """(B, ...) `steps` times x - step_size dE/dx + noise_std N(0, I), clamped to +-bound if > 0."""
     for _ in range(steps):
         x = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
