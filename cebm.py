@@ -24,7 +24,6 @@ import click
 import yaml
 from click import ClickException as Failure  # one message on stderr, exit status 1
 
-
 class Lazy:
     """A module that is imported when it is first used, so that `--help` answers at once."""
     def __init__(self, name: str):
@@ -46,7 +45,7 @@ def _tree(model: str, source: str, overrides: dict) -> dict:
 
 torch, np, data, evaluate, models, sampling = map(
     Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
-FORMAT = 4  # of the checkpoint; another number is refused
+FORMAT = 5  # of the checkpoint; another number is refused
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
@@ -228,7 +227,8 @@ def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
     """A run goes on only as it began, or longer, where nothing depends on its length."""
     differing = {f"{section}.{k}": (old[section][k], value) for section, part in new.items()
                  for k, value in part.items() if old[section][k] != value}
-    longer = old["train"]["updates"] < new["train"]["updates"] and new["train"]["decay"] == "none"
+    fixed = new["train"]["decay"] == "none" and not new["chains"]["final_steps"]
+    longer = old["train"]["updates"] < new["train"]["updates"] and fixed
     if differing and not (longer and list(differing) == ["train.updates"]):
         changes = ", ".join(f"{k} ({a} there, {b} here)" for k, (a, b) in differing.items())
         raise Failure(f"{folder} holds a run with other settings, {changes}: choose another --out")
@@ -294,8 +294,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         torch.distributed.barrier()
     if len(images) < settings.batch:
         raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
+    final_steps = c.final_steps or c.steps
     if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
-        pixels = guard.pixels + 4 * c.noise_std * math.sqrt(c.steps)
+        pixels = guard.pixels + 4 * c.noise_std * math.sqrt(max(c.steps, final_steps))
         floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
     auto = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
     greatest = torch.zeros((), device=device)  # magnitudes since the last checkpoint, then a vector
@@ -318,9 +319,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
-    move = model.chain and sampling.mover(
-        model, model.energy, c.steps, c.step_size, c.noise_std, run.generator,
-        device.type == "cuda", bfloat16=bfloat16, bound=c.bound)
+    mover = lru_cache(1)(lambda steps: sampling.mover(
+        model, model.energy, steps, c.step_size, c.noise_std, run.generator,
+        device.type == "cuda", bfloat16=bfloat16, bound=c.bound))
     draws = settings.pictures if buffer or hasattr(model, "generate") else 0
     started, made, interrupted = time.monotonic(), 0, []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
@@ -349,7 +350,8 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         chains, ends = None, {}
         if buffer:
             slots, chains = buffer.draw(len(chosen))
-            buffer.images[slots] = chains = move(chains)
+            steps = round(c.steps * (final_steps / c.steps) ** (update / settings.updates))
+            buffer.images[slots] = chains = mover(steps)(chains)
             ends = {"pixel_min": chains.min(), "pixel_max": chains.max()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, metrics = run.loss(x, labels[chosen], chains)
@@ -409,8 +411,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         if (device := torch.device(name)).type == "cuda":
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
@@ -517,7 +518,7 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
                                            generator) if refine else z).detach()
     else:
         energy = (lambda x: model.joint_energy(x, z)) if given else model.energy
-        steps, stored = c.steps if steps is None else steps, state.get("buffer")
+        steps, stored = c.final_steps or c.steps if steps is None else steps, state.get("buffer")
         if given and model.chain == "gibbs":
             steps, start = 1, originals.to(device)
         elif given or source == "noise" or stored is None:
@@ -642,7 +643,8 @@ def show(what):
     if what is None:
         for name, c in ((name, compose(name)) for name in PRESETS):
             click.echo(f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
-                       f"{c.train.rate:g}, chains of {c.chains.steps}")
+                       f"{c.train.rate:g}, chains of {c.chains.steps}"
+                       + f" to {c.chains.final_steps}" * (c.chains.final_steps > 0))
     elif what in PRESETS:
         click.echo(as_yaml(asdict(compose(what))), nl=False)
     elif Path(what).is_file():

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from data import normalise
 
-
 @torch.no_grad()
 def in_batches(function, images: Tensor, device, size: int = 1000) -> Tensor:
     """`function` of normalised uint8 images (N, C, H, W), a batch at a time -> (N, ...)."""

@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-
 def langevin(energy, x: Tensor, steps, step_size, noise_std, generator=None, bound=0.0) -> Tensor:
     """(B, ...) `steps` times x - step_size dE/dx + noise_std N(0, I), clamped to +-bound if > 0."""
     for _ in range(steps):

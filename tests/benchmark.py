@@ -27,7 +27,6 @@ import evaluate  # noqa: E402
 import models  # noqa: E402
 import sampling  # noqa: E402
 
-
 def clock(function, device) -> float:
     """Seconds of one call, the device's work included."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -208,6 +208,20 @@ def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 6
 
 
+def test_chains_grow_by_a_constant_factor_to_their_final_steps(tmp_path):
+    growing = ["steps=2", "final_steps=8", "decay=none", "rate=0", "step_size=0",
+               "chains.noise_std=0.3", "reuse=1", "batch=64"]
+    assert run("train", *tiny(*growing, "updates=4"), "--out", tmp_path).exit_code == 0
+    buffer = cebm.load_checkpoint(tmp_path / "ckpt.pt")["buffer"]
+    steps = (buffer.var().item() - 1 / 3) / 0.3**2  # of noise alone, from uniform chains
+    assert steps == pytest.approx(3 + 4 + 6 + 8, abs=0.5)
+    out = run("sample", tmp_path / "ckpt.pt", "--out", tmp_path / "s.png").stdout
+    assert out.startswith("8 steps:")
+    longer = run("train", *tiny(*growing, "updates=6"), "--out", tmp_path)
+    assert longer.exit_code == 1
+    assert "train.updates (4 there, 6 here)" in longer.stderr
+
+
 def test_the_average_of_the_weights_is_exponential_and_what_is_evaluated(tmp_path):
     states = []
     for updates in (1, 2):

@@ -13,7 +13,6 @@ from torchvision import datasets
 
 import data
 
-
 def write_idx(folder, count=20, name="MNIST"):
     """MNIST's four files with `count` images each; pixel values say which image and pixel it is."""
     raw = folder / name / "raw"

@@ -14,7 +14,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import evaluate
 
-
 def brute_force(train, test):
     """Squared distances by float64 differences, one by one: (M, N)."""
     return torch.stack([torch.stack([((a - b) ** 2).sum() for a in train.double()])

@@ -9,7 +9,6 @@ import cebm
 import models
 import sampling
 
-
 def network(latent=8):
     config = cebm.compose("cebm-mnist").model
     config = replace(config, channels=[8, 8, 8, 8], hidden=16, latent=latent)
