@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 def langevin(energy, x: Tensor, steps, step_size, noise_std, generator=None, bound=0.0) -> Tensor:
-    """(B, ...) `steps` times x - step_size dE/dx + noise_std N(0, I), clamped to +-bound if > 0."""
+    """x (B, ...) <- x - step_size dE/dx + noise_std N(0, I), in +-bound if > 0, `steps` times."""
     for _ in range(steps):
         x = x.detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(energy(x).sum(), x)
