@@ -294,13 +294,11 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         torch.distributed.barrier()
     if len(images) < settings.batch:
         raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
-    final_steps = c.final_steps or c.steps
     if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
-        pixels = guard.pixels + 4 * c.noise_std * math.sqrt(max(c.steps, final_steps))
+        pixels = guard.pixels + 4 * c.noise_std * math.sqrt(max(c.steps, c.final_steps))
         floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
     auto = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
-    greatest = torch.zeros((), device=device)  # magnitudes since the last checkpoint, then a vector
-    now = {"updates": 0, "level": floor, "greatest": greatest, **run.snapshot()}
+    now = {"updates": 0, "level": floor, "greatest": torch.zeros(()), **run.snapshot()}
     kept = {"good": now, "candidate": now, "seconds": 0.0, "log": "", "rollbacks": [],
             "precision": auto if settings.precision == "auto" else settings.precision}
     if path.exists():
@@ -333,7 +331,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
             "python": platform.python_version()}, content := io.BytesIO())
         write(path, content.getbuffer())
     click.echo(f"{settings.updates} updates in {kept['precision']}; every {settings.log_every}:")
-    update, greatest = now["updates"], now["greatest"].to(device)
+    update, greatest = now["updates"], now["greatest"].to(device)  # 0, then one a metric
     while update < settings.updates:
         if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
             raise Failure("diverged {} times, last at update {update}: {why}. {} is good, of "
@@ -350,7 +348,8 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         chains, ends = None, {}
         if buffer:
             slots, chains = buffer.draw(len(chosen))
-            steps = round(c.steps * (final_steps / c.steps) ** (update / settings.updates))
+            growth = (c.final_steps or c.steps) / c.steps
+            steps = round(c.steps * growth ** (update / settings.updates))
             buffer.images[slots] = chains = mover(steps)(chains)
             ends = {"pixel_min": chains.min(), "pixel_max": chains.max()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -411,7 +410,8 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if (device := torch.device(name)).type == "cuda":
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
