@@ -348,9 +348,8 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         chains, ends = None, {}
         if buffer:
             slots, chains = buffer.draw(len(chosen))
-            growth = (c.final_steps or c.steps) / c.steps
-            steps = round(c.steps * growth ** (update / settings.updates))
-            buffer.images[slots] = chains = mover(steps)(chains)
+            steps = c.steps * ((c.final_steps or c.steps) / c.steps) ** (update / settings.updates)
+            buffer.images[slots] = chains = mover(round(steps))(chains)
             ends = {"pixel_min": chains.min(), "pixel_max": chains.max()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, metrics = run.loss(x, labels[chosen], chains)
@@ -471,7 +470,8 @@ def train(preset, settings, out, seed, data_dir, device):
     folder = Path(out or f"runs/{preset}")
     path, where = folder / "ckpt.pt", f" --data-dir {data_dir}" * (config.data.name != "glyphs")
     rank, ranks = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if ranks > 1:
+    if ranks > 1:  # DDP would import `nn` later, and its default arguments keep the group for ever
+        importlib.import_module("torch.distributed.nn")
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(torch.distributed.destroy_process_group)
     with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:

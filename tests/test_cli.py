@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -389,11 +390,14 @@ def three_updates(config, rank, ranks):
 
 
 def share(rank, folder):
+    """One process of two: its weights into `folder`. The group's threads have to end with it."""
+    import torch.distributed.nn  # before there is a group, as in `train`
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", None, 2, rank)
-    config = cebm.compose("quickstart", TINY)
+    config, group = cebm.compose("quickstart", TINY), weakref.ref(torch.distributed.group.WORLD)
     torch.save(three_updates(config, rank, 2), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+    assert group() is None
 
 
 def test_two_processes_make_the_updates_of_one_with_the_same_global_batch(tmp_path):
