@@ -652,9 +652,9 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     assert set(listed) == four | two | fast | others
     mnist, fmnist = (cebm.compose(f"jem-{d}-fast") for d in ("mnist", "fmnist"))
     assert (mnist.train.decay, fmnist.train.decay) == ("cosine", "none")
-    assert replace(mnist.train, updates=8400, decay="none") == fmnist.train  # all else is shared
+    assert replace(mnist.train, updates=10000, decay="none") == fmnist.train  # all else is shared
     assert (mnist.chains.bound, fmnist.chains.bound) == (1.5, 0)
-    assert (mnist.chains.final_steps, fmnist.chains.final_steps) == (0, 60)
+    assert (mnist.chains.final_steps, fmnist.chains.final_steps) == (0, 84)
     for name in listed:
         printed = yaml.safe_load(run("show", name).stdout)
         assert cebm.parse_config(printed) == cebm.compose(name)
