@@ -167,8 +167,7 @@ def load_model(path, device="cpu"):
     state = load_checkpoint(path)
     config = parse_config(state["config"])
     model = new_model(config, device)
-    average = {k.removeprefix("module."): v for k, v in (state.get("average") or {}).items()}
-    average.pop("n_averaged", None)
+    average = {k[7:]: v for k, v in (state.get("average") or {}).items() if k[:7] == "module."}
     try:
         model.load_state_dict(average or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
@@ -567,7 +566,8 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
     return row
 
 @table_command
-def probe(model, config, train, test, data_dir, device):
+@click.option("--scale", is_flag=True, help="Shift and scale all latents alike to a variance of 1.")
+def probe(model, config, train, test, data_dir, device, scale):
     """Test accuracy of logistic regression on the latents, in percent.
 
     With 1, 10, 100 and all labels a class; the mean and deviation of ten draws of the labels.
@@ -575,6 +575,8 @@ def probe(model, config, train, test, data_dir, device):
     Example: python cebm.py probe runs/quickstart/ckpt.pt
     """
     a, b = (evaluate.in_batches(model.represent, s[0], device).cpu() for s in (train, test))
+    if scale:  # the penalty bears harder on small latents
+        a, b = ((x - a.mean(0)) / a.var(0).mean().sqrt().clamp(min=1e-30) for x in (a, b))
     scores = {n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
               for n in (1, 10, 100, None)}
     return {f"{n or 'all'}{what}": round(score, 2) for n, pair in scores.items()

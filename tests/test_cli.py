@@ -558,6 +558,20 @@ def test_probe_and_ood_print_a_row_a_checkpoint(trained):
     assert len(table) == 3
 
 
+def test_probe_can_be_free_of_the_scale_of_the_latents(trained, tmp_path):
+    state = torch.load(trained / "ckpt.pt", weights_only=True)
+    weights = state["model"]
+    latent, last = state["config"]["model"]["latent"], "network.heads.0.2."
+    for name in ("weight", "bias"):  # t_1 and with it the posterior mean, a power of two smaller
+        weights[last + name][:latent] /= 1024
+    torch.save(state, tmp_path / "small.pt")
+    for options, equal in (((), False), (("--scale",), True)):
+        result = run("probe", trained / "ckpt.pt", tmp_path / "small.pt", "--json", *options)
+        first, second = ({k: v for k, v in row.items() if k != "checkpoint"}
+                         for row in json.loads(result.stdout))
+        assert (first == second) == equal
+
+
 def test_a_map_of_one_latent_dimension_is_a_line(tmp_path):
     run("train", *tiny("latent=1", "updates=1"), "--out", tmp_path)
     result = run("export", tmp_path / "ckpt.pt", "--out", tmp_path / "a.npz",
