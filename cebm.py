@@ -566,7 +566,7 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
     return row
 
 @table_command
-@click.option("--scale", is_flag=True, help="Shift and scale all latents alike to a variance of 1.")
+@click.option("--scale", is_flag=True, help="Centre the latents and scale all alike to variance 1.")
 def probe(model, config, train, test, data_dir, device, scale):
     """Test accuracy of logistic regression on the latents, in percent.
 
