@@ -167,7 +167,7 @@ def load_model(path, device="cpu"):
     state = load_checkpoint(path)
     config = parse_config(state["config"])
     model = new_model(config, device)
-    average = {k[7:]: v for k, v in (state.get("average") or {}).items() if k[:7] == "module."}
+    average = {k[7:]: v for k, v in (state.get("average") or {}).items() if k != "n_averaged"}
     try:
         model.load_state_dict(average or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
