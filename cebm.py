@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -125,9 +124,10 @@ def compose(preset: str, settings=()) -> Config:
     return parse_config(_tree(model, source, overrides | chosen))
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces `path` so that a crash at any instant leaves the old file or the new one, whole."""
+    """Replaces `path`, in a folder made if absent; a crash leaves the old or the new, whole."""
     draft = path.parent / (path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError(errno.EINVAL, "not a regular file")
         with open(draft, "wb") as file:
@@ -324,12 +324,16 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
         signal.signal(number, lambda *_: interrupted.append(1))
     def save() -> None:
-        torch.save({
-            **now, **kept, "format": FORMAT, "preset": preset, "config": asdict(config),
-            "seed": settings.seed, "device": device.type, "torch": str(torch.__version__),
-            "python": platform.python_version()}, content := io.BytesIO())
+        torch.save({**now, **kept, "format": FORMAT, "preset": preset, "config": asdict(config),
+                    "seed": settings.seed, "device": device.type, "torch": str(torch.__version__),
+                    "python": sys.version.split()[0]}, content := io.BytesIO())
         write(path, content.getbuffer())
-    click.echo(f"{settings.updates} updates in {kept['precision']}; every {settings.log_every}:")
+    def say(line: str) -> None:
+        try:
+            click.echo(line)
+        except BrokenPipeError:  # of `train | tee log` Ctrl-C ends tee first: save, then end
+            interrupted.append(os.dup2(os.open(os.devnull, os.O_WRONLY), 1))
+    say(f"{settings.updates} updates in {kept['precision']}; every {settings.log_every}:")
     update, greatest = now["updates"], now["greatest"].to(device)  # 0, then one a metric
     while update < settings.updates:
         if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
@@ -357,7 +361,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         run.optimiser.step()
         if "average" in run.parts:
             run.parts["average"].update_parameters(model)
-        metrics = {"loss": loss.detach(), **metrics, **ends}
+        metrics = {k: v.detach() for k, v in {"loss": loss, **metrics, **ends}.items()}
         greatest = torch.maximum(torch.stack(list(metrics.values())).abs(), greatest)
         kept["seconds"] = begun + time.monotonic() - started
         last, reason, stop = update == settings.updates, "", 0
@@ -381,12 +385,12 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
             kept["log"] += "" if kept["log"] else ",".join(row) + "\n"
             kept["log"] += ",".join(map(str, row.values())) + "\n"
             write(folder / "log.csv", kept["log"].encode())
-            click.echo("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         if reason:
             run.restore(kept["good"])
             torch.manual_seed(settings.seed + len(rollbacks) + 1_000_003 * rank)
             now = kept["good"] = kept["candidate"] = {**kept["good"], **run.snapshot()}
-            click.echo(f"update {update}: {reason}; back to update {now['updates']}")
+            say(f"update {update}: {reason}; back to update {now['updates']}")
             update, greatest = now["updates"], torch.zeros_like(greatest)
             save()
             continue
@@ -395,9 +399,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
                 shown = buffer.images[:64] if buffer else model.eval().generate(64)
             write(folder / "samples" / f"{update:07d}.png", evaluate.grid_png(shown))
             model.train()
-        if keep or stop:
+        if keep or (stop and all(v.isfinite().all() for v in model.state_dict().values())):
             now = {**now, "updates": update, "greatest": greatest, **run.snapshot()}
-            if keep:  # healthy ever since the candidate
+            if update % settings.checkpoint_every == 0:  # healthy ever since the candidate
                 top, now["greatest"] = guard.runaway, (greatest := torch.zeros_like(greatest))
                 now["level"] = {k: max(v, min(found[k], top * v)) for k, v in floor.items()}
                 kept["good"], kept["candidate"] = kept["candidate"], now
@@ -485,7 +489,7 @@ def train(preset, settings, out, seed, data_dir, device):
 @main.command()
 @CHECKPOINT
 @click.option("--from", "source", type=click.Choice(["buffer", "noise"]), default="buffer",
-              show_default=True, help="Where chains start.")
+              show_default=True, help="Where chains start; a buffer has at most its own number.")
 @click.option("--given", type=click.IntRange(1, 1000), metavar="N",
               help="Draw from p(x | z), z the latents of each of the first N test images.")
 @click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")

@@ -79,7 +79,7 @@ def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
 def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
     from PIL import Image
     from torchvision.datasets import ImageFolder
-    channels, height, width = image_shape
+    channels, (height, width) = 1 if image_shape[0] == 1 else 3, image_shape[1:]
     try:
         found, train = ImageFolder(root / split), ImageFolder(root / "train")
     except OSError as error:  # no such folder, no classes, or a class without images

@@ -115,9 +115,8 @@ def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     """Images (N, C, H, W) clipped to [-1, 1] as a grid of `columns` (near square if None)."""
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
-    columns = columns or max(1, round(len(images) ** 0.5))
-    grid = make_grid(images.float().cpu().clamp(-1, 1).add(1).div(2), nrow=columns, pad_value=0.5)
-    return png(to_pil_image(grid.mul(255).round().byte()))
+    grid = make_grid(images.float().cpu().clamp(-1, 1), columns or round(len(images) ** 0.5))
+    return png(to_pil_image(grid.add(1).mul(127.5).round().byte()))
 
 def confusion_png(counts: Tensor, names: list[str], cell: int = 60) -> bytes:
     """Counts (K, K), rows true and columns predicted, as a picture shaded by share of the row."""

@@ -214,7 +214,7 @@ def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str,
     magnitude = (data**2).mean() + ((chains**2).mean() if config.l2_on == "both" else 0)
     gap = data.mean() - chains.mean()
     metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
-    return gap + config.l2 * magnitude, {name: m.detach() for name, m in metrics.items()}
+    return gap + config.l2 * magnitude, metrics
 
 class Conjugate(nn.Module):
     """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): CEBM, GMM-CEBM; with linear t, RBM, EFH.
@@ -266,9 +266,8 @@ class Conjugate(nn.Module):
         return x
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Persistent contrastive divergence: scalar, metrics."""
-        energies = self.energy(torch.cat([x, chains]))
-        return contrastive(*energies.split([len(x), len(chains)]), self.config)
+        """Persistent contrastive divergence of as many chains as images: scalar, metrics."""
+        return contrastive(*self.energy(torch.cat([x, chains])).split(len(x)), self.config)
 
 class EnergyNetwork(nn.Module):
     """E(x, y) = -f(x)[y], E(x) = -logsumexp_y f(x)[y] (Tables 4, 6): JEM, HDGE; IGEBM as -f."""
@@ -297,10 +296,9 @@ class EnergyNetwork(nn.Module):
         logits = self.f(x if chains is None else torch.cat([x, chains]))
         if chains is None:
             loss = F.cross_entropy(logits.T[y], torch.arange(len(y), device=y.device))
-            metrics = {"contrast": loss.detach()}
+            metrics = {"contrast": loss}
         else:
-            energies = -logits.logsumexp(1)
-            loss, metrics = contrastive(*energies.split([len(x), len(chains)]), self.config)
+            loss, metrics = contrastive(*(-logits.logsumexp(1)).split(len(x)), self.config)
             logits = logits[: len(x)]
         if self.config.name == "igebm":
             return loss, metrics
@@ -364,8 +362,7 @@ class VAE(nn.Module):
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """-ELBO, the batch's mean."""
         divergence, distortion = (part.mean() for part in self._bound(x))
-        metrics = {"distortion": distortion.detach(), "divergence": divergence.detach()}
-        return distortion + divergence, metrics
+        return distortion + divergence, {"distortion": distortion, "divergence": divergence}
 
 class Discriminator(nn.Module):
     """Logit of "real" for images, or for pairs of image and latent (Table 8)."""
@@ -419,7 +416,7 @@ class GAN(nn.Module):
             making = making + F.softplus(torch.func.functional_call(judge, d, real)).mean()
         accuracy = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
         metrics = {"discriminator": judging, "generator": making, "accuracy": accuracy}
-        return judging + making, {name: m.detach() for name, m in metrics.items()}
+        return judging + making, metrics
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """The non-saturating game of G and D."""

@@ -126,7 +126,7 @@ def test_table_5_shapes_at_every_stage(preset, sides, features):
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 1e6, 1e12])
 @pytest.mark.parametrize("t2", ["square", "softplus"])
-def test_energies_are_finite_float32_under_autocast_for_any_finite_image(scale, t2):
+def test_energies_are_finite_float32_under_autocast_for_pixels_up_to_1e12(scale, t2):
     config = replace(cebm.compose("cebm-mnist").model, t2=t2)
     torch.manual_seed(0)
     model = models.build(config, (1, 28, 28), 10)
@@ -289,7 +289,7 @@ def test_every_parameter_of_every_model_receives_a_gradient(name):
     loss.backward()
     assert loss.isfinite()
     assert loss.dim() == 0
-    assert all(m.dim() == 0 and not m.requires_grad for m in metrics.values())
+    assert all(m.dim() == 0 for m in metrics.values())
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.abs().sum() > 0, key

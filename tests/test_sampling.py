@@ -162,7 +162,7 @@ def test_in_bfloat16_one_step_differs_by_under_two_percent_of_its_length():
     x = torch.rand(8, 1, 28, 28, generator=seeded()) * 2 - 1
     plain = sampling.langevin(model.energy, x, 1, 1.0, 0.0)
     fast = sampling.mover(model, model.energy, 1, 1.0, 0.0, None, bfloat16=True)(x)
-    assert (fast - plain).norm() / (plain - x).norm() < 0.02
+    assert 1e-4 < (fast - plain).norm() / (plain - x).norm() < 0.02
 
 
 def test_five_percent_of_chains_restart_uniformly():
