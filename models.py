@@ -211,7 +211,7 @@ class LinearStatistics(nn.Module):
 
 def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:
     """Persistent contrastive divergence of energies (B,), L2 on them (supplement C)."""
-    magnitude = (data**2).mean() + ((chains**2).mean() if config.l2_on == "both" else 0)
+    magnitude = (data * data).mean() + ((chains * chains).mean() if config.l2_on == "both" else 0)
     gap = data.mean() - chains.mean()
     metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
     return gap + config.l2 * magnitude, metrics
