@@ -242,7 +242,8 @@ class Run:
             torch.cuda.default_generators[device.index or 0])  # some losses draw from it too
         torch.manual_seed(train.seed + 1_000_003 * rank)  # another sequence in each process
         self.optimiser = torch.optim.Adam(self.model.parameters(), train.rate,
-                                          (train.beta1, train.beta2), train.epsilon)
+                                          (train.beta1, train.beta2), train.epsilon,
+                                          fused=device.type == "cuda" or None)
         self.parts = {"model": self.model, "optimiser": self.optimiser}
         self.buffer = self.model.chain and sampling.ReplayBuffer(
             c.buffer // ranks, config.data.image, c.reuse, self.generator)
@@ -250,7 +251,9 @@ class Run:
             swa = torch.optim.swa_utils
             mean = swa.get_ema_multi_avg_fn(train.average)
             self.parts["average"] = swa.AveragedModel(self.model, None, None, mean, True)
-        self.model.forward = self.loss = self.model.loss
+        self.compile = train.compile and device.type == "cuda" and self.model.chain == "langevin"
+        loss = sampling.compiled(self.model.loss) if self.compile else self.model.loss
+        self.model.forward = self.loss = loss
         if ranks > 1:  # gradients are averaged where the model is called
             self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
 
@@ -316,9 +319,10 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
+    torch.backends.cuda.matmul.allow_tf32 = bfloat16  # then float32 products need no more either
     mover = lru_cache(1)(lambda steps: sampling.mover(
         model, model.energy, steps, c.step_size, c.noise_std, run.generator,
-        device.type == "cuda", bfloat16=bfloat16, bound=c.bound))
+        device.type == "cuda", run.compile, bfloat16=bfloat16, bound=c.bound))
     draws = settings.pictures if buffer or hasattr(model, "generate") else 0
     started, made, interrupted = time.monotonic(), 0, []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update

@@ -49,11 +49,46 @@ def fast_langevin(module: nn.Module, energy, steps, step_size, noise_std, genera
         for p in needing:
             p.requires_grad_(True)
 
+def step(energy, x: Tensor, noise: Tensor, step_size, noise_std, bound) -> Tensor:
+    """One step of `langevin`, without anything that a compiler has to leave alone."""
+    x = x - step_size * torch.func.grad(lambda x: energy(x).sum())(x) + noise_std * noise
+    return x.clamp(-bound, bound) if bound else x
+
+@torch.no_grad()
+def compiled_langevin(module: nn.Module, energy, steps, step_size, noise_std, generator, x: Tensor,
+                      bfloat16=False, bound=0.0) -> Tensor:
+    """`fast_langevin` for a GPU: steps are compiled, the networks' weights folded once."""
+    fast = torch.compile(step, dynamic=False, options={"max_pointwise_cat_inputs": 16})
+    networks = [m for m in module.modules() if hasattr(m, "fold")]
+    try:
+        for network in networks:
+            network.folded = network.fold(torch.bfloat16 if bfloat16 else torch.float32)
+        for _ in range(steps):
+            noise = torch.randn(x.shape, generator=generator, device=x.device)
+            x = fast(energy, x, noise, step_size, noise_std, bound)
+        return x
+    finally:
+        for network in networks:
+            network.folded = None
+
+def compiled(function):
+    """`function` by torch.compile, or, where that fails, as it is, and one warning says why."""
+    ways = [function, torch.compile(function, dynamic=False)]
+    def call(*arguments):
+        try:
+            return ways[-1](*arguments)
+        except RuntimeError as error:
+            if ways.pop() is function:
+                raise
+            warnings.warn(f"not compiled: {error!s:.80}", stacklevel=2)
+            return function(*arguments)
+    return call
+
 class Graph:
     """`move`, a function of chains, recorded once as a CUDA graph and then launched whole; it reads
-    the weights as they are then. Where recording fails, it is called, and one warning says why."""
-    def __init__(self, move, generator: torch.Generator):
-        self.move, self.generator, self.graph = move, generator, None
+    the weights as they are then. Where recording fails, `plain` moves, and one warning says why."""
+    def __init__(self, move, plain, generator: torch.Generator):
+        self.move, self.plain, self.generator, self.graph = move, plain, generator, None
 
     def record(self, x: Tensor) -> None:
         """Three moves in a stream of their own, as capture asks for, then the recording."""
@@ -81,17 +116,18 @@ class Graph:
                 warnings.warn(f"chains move step by step: {error!s:.80}", stacklevel=2)
                 self.graph = False
         if not self.graph:
-            return self.move(x)
+            return self.plain(x)
         self.start.copy_(x)
         self.graph.replay()
         return self.end.clone()
 
-def mover(model, energy, steps, step_size, noise_std, generator, graph=False, **how):
+def mover(model, energy, steps, step_size, noise_std, generator, graph=False, compile=False, **how):
     """A function that moves chains (B, C, H, W) on: the model's Gibbs or `fast_langevin`, `how`."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
-    move = partial(fast_langevin, model, energy, steps, step_size, noise_std, generator, **how)
-    return Graph(move, generator) if graph else move
+    plain, fast = (partial(f, model, energy, steps, step_size, noise_std, generator, **how)
+                   for f in (fast_langevin, compiled_langevin))
+    return Graph(fast if compile else plain, plain, generator) if graph else plain
 
 class ReplayBuffer:
     """Chains `images` that persist over updates; new and restarted ones are uniform on [-1, 1]."""

@@ -4,7 +4,7 @@
 
 `naive` is the loop of the public code bases: float32, contiguous, parameters that ask for
 gradients, `autograd.grad` a step. `reference` is `sampling.langevin`, `float32` and `bfloat16` are
-what `train` runs with either precision (on a GPU as one CUDA graph). The matrix rate is that of a
+what `train` runs with either precision (on a GPU compiled and as one CUDA graph). The matrix rate is that of a
 2048 x 2048 product in the same precision, in turn with the rest.
 """
 
@@ -59,9 +59,10 @@ def flops_a_step(model, image_shape) -> float:
     return sum(count)
 
 
-def updater(model, move, buffer, config, bfloat16: bool, device):
+def updater(model, move, buffer, config, bfloat16: bool, device, fast=False):
     """A whole update: chains, loss, optimiser; on noise in place of data."""
-    optimiser = torch.optim.Adam(model.parameters(), config.train.rate)
+    optimiser = torch.optim.Adam(model.parameters(), config.train.rate, fused=fast or None)
+    loss_of = sampling.compiled(model.loss) if fast else model.loss
     x = torch.rand(config.train.batch, *config.data.image, device=device) * 2 - 1
     y = torch.zeros(len(x), dtype=torch.long, device=device)
 
@@ -69,7 +70,7 @@ def updater(model, move, buffer, config, bfloat16: bool, device):
         slots, chains = buffer.draw(len(x))
         buffer.images[slots] = chains = move(chains)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss, _ = model.loss(x, y, chains)
+            loss, _ = loss_of(x, y, chains)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -88,11 +89,12 @@ def chains(config, device, rounds: int) -> list[dict]:
     generator = torch.Generator(device).manual_seed(0)
     slow, model = naive_model(config, device), cebm.new_model(config, device)
     x = sampling.uniform((b, *shape), generator)
-    few = 2 if device.type == "cpu" else c.steps
+    gpu = device.type == "cuda"
+    few = c.steps if gpu else 2
     chain = c.step_size, c.noise_std, generator
 
     def moves(steps):
-        fast = {f: sampling.mover(model, model.energy, steps, *chain, device.type == "cuda",
+        fast = {f: sampling.mover(model, model.energy, steps, *chain, gpu, gpu,
                                   bfloat16=f == "bfloat16") for f in ("float32", "bfloat16")}
         return {"naive": lambda v: sampling.langevin(slow.energy, v, steps, *chain),
                 "reference": lambda v: sampling.langevin(model.energy, v, steps, *chain), **fast}
@@ -104,7 +106,8 @@ def chains(config, device, rounds: int) -> list[dict]:
     step = medians(tasks, device, rounds)
     buffer = sampling.ReplayBuffer(c.buffer, shape, c.reuse, generator)
     update = medians({name: updater(slow if name == "naive" else model, move, buffer, config,
-                                    name == "bfloat16", device)
+                                    name == "bfloat16", device,
+                                    gpu and name in ("float32", "bfloat16"))
                       for name, move in moves(c.steps).items()}, device, 3)
     flops, rows = flops_a_step(naive_model(config, "cpu"), shape) * b, []
     for name in ("naive", "reference", "float32", "bfloat16"):

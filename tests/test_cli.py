@@ -724,6 +724,25 @@ def test_every_preset_at_its_true_size_trains_resumes_and_is_evaluated(
         assert arrays["mean"].shape == (20, 128)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", ["true", "false"])
+def test_no_update_waits_for_the_gpu_between_two_checks(tmp_path, monkeypatch, compile):
+    rate, modes = cebm.learning_rate, {5: "error", 20: "default"}
+
+    def observed(update, *rest):
+        torch.cuda.set_sync_debug_mode(modes.get(update, torch.cuda.get_sync_debug_mode()))
+        return rate(update, *rest)
+
+    monkeypatch.setattr(cebm, "learning_rate", observed)
+    settings = tiny("updates=20", "checkpoint_every=20", "log_every=20", "pictures=1",
+                    f"compile={compile}", "precision=bfloat16")
+    try:
+        result = run("train", *settings, "--out", tmp_path)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.exit_code == 0, result.stderr
+
+
 @pytest.mark.parametrize("preset", ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist", "rbm-mnist"])
 def test_runs_with_random_losses_priors_or_gibbs_chains_resume_bit_for_bit(
         preset, tmp_path, monkeypatch):

@@ -135,16 +135,17 @@ def test_a_graph_that_cannot_be_recorded_warns_once_and_moves_step_by_step():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_recorded_chain_is_the_step_by_step_one_and_follows_the_weights():
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_recorded_chain_is_the_reference_and_follows_the_weights(compile, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, x = network().cuda(), torch.zeros(4, 1, 28, 28, device="cuda")
     generator = torch.Generator("cuda")
-    chain = model, model.energy, 5, 1.0, 0.01, generator
-    move, plain = sampling.mover(*chain, graph=True), sampling.mover(*chain)
+    move = sampling.mover(model, model.energy, 5, 1.0, 0.01, generator, True, compile, bound=0.02)
     for _ in range(3):
         generator.manual_seed(7)
-        expected = plain(x)
+        expected = sampling.langevin(model.energy, x, 5, 1.0, 0.01, generator, bound=0.02)
         generator.manual_seed(7)
-        torch.testing.assert_close(move(x), expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(move(x), expected, atol=2e-6, rtol=0)
         with torch.no_grad():
             model.network.heads[0][0].bias.add_(0.1)
     torch.cuda.set_sync_debug_mode("error")
@@ -152,6 +153,25 @@ def test_a_recorded_chain_is_the_step_by_step_one_and_follows_the_weights():
         move(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", ["cebm-fmnist", "cebm-cifar10", "igebm-mnist", "gmm-cebm-fmnist"])
+def test_the_network_that_is_compiled_is_the_network(name):
+    config = cebm.compose(name)
+    torch.manual_seed(0)
+    model = models.build(config.model, config.data.image, 10)
+    net = next(m for m in model.modules() if isinstance(m, models.Network))
+    x = torch.rand(3, *config.data.image, generator=seeded()) * 2 - 1
+    expected = model.energy(x)
+    torch.testing.assert_close(net.double().compiled(x.double()), net.trunk(x.double()))
+    step = torch.compile(sampling.step, backend="aot_eager")
+    noise, net = torch.randn(x.shape, generator=seeded(1)), net.float()
+    net.folded = net.fold()
+    with torch.no_grad():
+        end = step(model.energy, x, noise, 1.0, 0.1, 0.5)
+    reference = sampling.langevin(model.energy, x, 1, 1.0, 0.1, seeded(1), bound=0.5)
+    torch.testing.assert_close(end, reference, atol=2e-6, rtol=0)
+    torch.testing.assert_close(model.energy(x), expected)
 
 
 def test_in_bfloat16_one_step_differs_by_under_two_percent_of_its_length():
