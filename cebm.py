@@ -44,7 +44,7 @@ def _tree(model: str, source: str, overrides: dict) -> dict:
 
 torch, np, data, evaluate, models, sampling = map(
     Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
-FORMAT = 5  # of the checkpoint; another number is refused
+FORMAT = 6  # of the checkpoint; another number is refused
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
@@ -52,7 +52,6 @@ try:
     SECTIONS = {name: make_dataclass(name, {k: type(v) for k, v in values.items()}, frozen=True)
                 for name, values in COMMON.items()}
     Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
-    # Name -> model, data, overrides of every preset, the newcomer's first.
     PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
     PRESETS |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
     PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], kind["set"] | extra)
@@ -167,9 +166,8 @@ def load_model(path, device="cpu"):
     state = load_checkpoint(path)
     config = parse_config(state["config"])
     model = new_model(config, device)
-    average = {k[7:]: v for k, v in (state.get("average") or {}).items() if k != "n_averaged"}
     try:
-        model.load_state_dict(average or state["model"])
+        model.load_state_dict(state.get("average") or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
@@ -247,13 +245,8 @@ class Run:
         self.parts = {"model": self.model, "optimiser": self.optimiser}
         self.buffer = self.model.chain and sampling.ReplayBuffer(
             c.buffer // ranks, config.data.image, c.reuse, self.generator)
-        if train.average:
-            swa = torch.optim.swa_utils
-            mean = swa.get_ema_multi_avg_fn(train.average)
-            self.parts["average"] = swa.AveragedModel(self.model, None, None, mean, True)
-        self.compile = train.compile and device.type == "cuda" and self.model.chain == "langevin"
-        loss = sampling.compiled(self.model.loss) if self.compile else self.model.loss
-        self.model.forward = self.loss = loss
+        self.parts |= {"average": copy.deepcopy(self.model)} if train.average else {}
+        self.model.forward = self.loss = self.model.loss
         if ranks > 1:  # gradients are averaged where the model is called
             self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
 
@@ -322,7 +315,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     torch.backends.cuda.matmul.allow_tf32 = bfloat16  # then float32 products need no more either
     mover = lru_cache(1)(lambda steps: sampling.mover(
         model, model.energy, steps, c.step_size, c.noise_std, run.generator,
-        device.type == "cuda", run.compile, bfloat16=bfloat16, bound=c.bound))
+        device.type == "cuda", settings.compile, bfloat16=bfloat16, bound=c.bound))
     draws = settings.pictures if buffer or hasattr(model, "generate") else 0
     started, made, interrupted = time.monotonic(), 0, []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
@@ -363,8 +356,11 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
         run.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         run.optimiser.step()
-        if "average" in run.parts:
-            run.parts["average"].update_parameters(model)
+        if "average" in run.parts:  # an exponential one, without waiting for the device
+            share = 1 - settings.average * (update > 1)
+            states = (part.state_dict().values() for part in (run.parts["average"], model))
+            for mean, value in zip(*states, strict=True):
+                mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
         metrics = {k: v.detach() for k, v in {"loss": loss, **metrics, **ends}.items()}
         greatest = torch.maximum(torch.stack(list(metrics.values())).abs(), greatest)
         kept["seconds"] = begun + time.monotonic() - started
@@ -416,10 +412,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if (device := torch.device(name)).type == "cuda":
+        if (device := torch.device(auto if name == "auto" else name)).type == "cuda":
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).tolist()
@@ -431,8 +426,7 @@ FILE, OUT = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
 CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", show_default=True,
                         help="Where data sets are, or are downloaded to.")
-DEVICE = click.option("--device", default="auto", show_default=True, callback=_device,
-                      help="auto, cpu or cuda.")
+DEVICE = click.option("--device", default="auto", callback=_device, help="auto, cpu or cuda.")
 
 def table_command(figures):
     """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""
@@ -484,7 +478,6 @@ def train(preset, settings, out, seed, data_dir, device):
     with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:
         sys.stdout = lock if rank else sys.stdout  # the first process alone prints
         finished = train_model(config, folder, data_dir, device, preset, rank, ranks)
-    if not rank:
         click.echo(f"{config.train.updates} updates done: {path}\nnow try:\n  python cebm.py knn "
                    f"{path}{where}\n  python cebm.py sample {path}" if finished else
                    f"interrupted; saved {path}. The same command goes on from there.")
@@ -512,17 +505,17 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     model, config, state = load_model(checkpoint, device)
     name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
     if (given and not hasattr(model, "posterior")) or (refine and name != "gan"):
-        raise click.UsageError(f"{'--given' if given else '--refine'} is not for {name}, the model "
-                               f"of {checkpoint}")
+        raise click.UsageError(f"{'--given' if given else '--refine'} is not for {name}")
     generator = torch.Generator(device).manual_seed(seed)
+    chain = c.step_size, c.noise_std, generator
     if given:
         originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
         count, z = len(originals), model.represent(originals.to(device)).detach()  # (N, D)
     if hasattr(model, "decode"):
         with evaluate.seeded(seed, device):
             z = z if given else model.prior.sample(count).detach()
-        x = model.decode(sampling.langevin(model.latent_energy, z, refine, c.step_size, c.noise_std,
-                                           generator) if refine else z).detach()
+        z = sampling.langevin(model.latent_energy, z, refine, *chain) if refine else z
+        x = model.decode(z).detach()
     else:
         energy = (lambda x: model.joint_energy(x, z)) if given else model.energy
         steps, stored = c.final_steps or c.steps if steps is None else steps, state.get("buffer")
@@ -535,8 +528,7 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
         else:
             order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
             start = stored[order[:count]].to(device)
-        x = sampling.mover(model, energy, steps, c.step_size, c.noise_std, generator,
-                           bound=c.bound)(start)
+        x = sampling.mover(model, energy, steps, *chain, bound=c.bound)(start)
         click.echo(f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
                    f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}")
     write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x.cpu()]), given and count))

@@ -48,8 +48,7 @@ def normal(mean: Tensor, std: Tensor) -> td.Independent:
     return td.Independent(td.Normal(mean, std, validate_args=False), 1)
 
 class PixelGradient(torch.autograd.Function):
-    """A 3x3 convolution of an image whose gradient is by pixels alone, as a matrix product: on a
-    CPU oneDNN's own, for so few input channels, takes three times as long."""
+    """A 3x3 convolution whose gradient is by pixels alone: on a CPU oneDNN's takes three times."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
@@ -57,13 +56,9 @@ class PixelGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        (weight,), (_, _, h, w) = ctx.saved_tensors, gradient.shape
-        patches = gradient.permute(0, 2, 3, 1) @ weight.flatten(1).to(gradient.dtype)
-        patches = patches.unflatten(3, weight.shape[1:])  # (B, h, w, C, 3, 3)
-        x = torch.zeros(len(gradient), h + 2, w + 2, weight.shape[1], dtype=weight.dtype)
-        for i, j in product(range(3), range(3)):
-            x[:, i:i + h, j:j + w] += patches[..., i, j]
-        return x[:, 1:-1, 1:-1].permute(0, 3, 1, 2), None, None
+        (weight,), pixels = ctx.saved_tensors, gradient.permute(0, 2, 3, 1).flatten(1, 2)
+        patches = (pixels @ weight.flatten(1).to(gradient.dtype)).mT.to(weight.dtype)
+        return F.fold(patches, gradient.shape[2:], 3, padding=1), None, None
 
 class Network(nn.Module):
     """Convolutions of Tables 5 to 8, then fully connected `heads` side by side, in float32.
@@ -76,41 +71,24 @@ class Network(nn.Module):
             layers += [nn.BatchNorm2d(out)] * normalise + [activation()]
             height, width = ((side + 2 - size) // stride + 1 for side in (height, width))
             previous = out
-        self.trunk, self.folded = nn.Sequential(*layers, nn.Flatten()), None
+        self.trunk = nn.Sequential(*layers, nn.Flatten())
         sizes = [(previous * height * width, *head) for head in heads]
         self.heads = nn.ModuleList(linears(*s, activation=activation) for s in sizes)
 
-    def fold(self, dtype=None) -> list[Tensor]:
-        """Kernels for `compiled`: the first as a matrix (9 C padded to whole 16s, O), the others,
-        of stride 2, for 2x2 blocks of pixels, (O, 4 C, 2, 2)."""
-        first, *others = (m.weight for m in self.trunk if isinstance(m, nn.Conv2d))
-        matrix = F.pad(first.flatten(1), (0, -first[0].numel() % 16)).T
-        blocks = [w.unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-                  .contiguous(memory_format=torch.channels_last) for w in others]
-        return [k.to(dtype or k.dtype) for k in (matrix, *blocks)]
-
-    def compiled(self, x: Tensor) -> Tensor:
-        """`trunk` so that a GPU is quick at it: channels last, all convolutions of stride 1."""
-        (matrix, *blocks), (h, w) = self.folded or self.fold(), x.shape[2:]
-        x = F.pad(x, (1, 1, 1, 1))
-        shifted = [x[:, :, i:i + h, j:j + w] for i, j in product(range(3), range(3))]
-        x = torch.stack(shifted, -1).permute(0, 2, 3, 1, 4).flatten(3)  # (B, h, w, 9 C)
-        x = F.pad(x, (0, len(matrix) - x.shape[3])).to(matrix.dtype) @ matrix
-        x = self.trunk[1](x + self.trunk[0].bias.to(x.dtype))
-        for i, kernel in enumerate(blocks, 1):
-            h, w = x.shape[1] // 2 + 1, x.shape[2] // 2 + 1
-            x = F.pad(x, (0, 0, 1, 2 * w - x.shape[2] - 1, 1, 2 * h - x.shape[1] - 1))
-            x = x.unflatten(2, (w, 2)).unflatten(1, (h, 2)).transpose(2, 3).flatten(3)
-            x = F.conv2d(x.permute(0, 3, 1, 2), kernel, self.trunk[2 * i].bias.to(kernel.dtype))
-            x = self.trunk[2 * i + 1](x.permute(0, 2, 3, 1))  # (B, h, w, O)
-        return x.permute(0, 3, 1, 2).flatten(1)
+    def first(self, x: Tensor) -> Tensor:
+        """`trunk[0]`; compiled a product with 3x3 patches, after which a GPU has channels last."""
+        weight, bias, (h, w) = self.trunk[0].weight, self.trunk[0].bias, x.shape[2:]
+        if not torch.compiler.is_compiling():
+            chain = x.device.type == "cpu" and not weight.requires_grad
+            return PixelGradient.apply(x, weight, bias) if chain else self.trunk[0](x)
+        x, fill = F.pad(x, (1, 1, 1, 1)), (0, -weight[0].numel() % 16)
+        x = torch.stack([x[:, :, i:i + h, j:j + w] for i, j in product(range(3), range(3))], -1)
+        x = F.pad(x.permute(0, 2, 3, 1, 4).flatten(3), fill)  # (B, h, w, 9 C)
+        return F.linear(x, F.pad(weight.flatten(1), fill), bias).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs)."""
-        first = self.trunk[0]
-        chain = x.device.type == "cpu" and not first.weight.requires_grad
-        features = self.compiled(x) if torch.compiler.is_compiling() else (self.trunk[1:](
-            PixelGradient.apply(x, first.weight, first.bias)) if chain else self.trunk(x))
+        features = self.trunk[1:](self.first(x))
         return torch.cat([in_float32(head, features) for head in self.heads], dim=1)
 
 class Gaussian:
@@ -132,8 +110,7 @@ class Gaussian:
         return normal(-lam1 / (2 * lam2), (-2 * lam2).rsqrt())
 
 class Bernoulli:
-    """eta(z) = z, A(lam) = sum_d softplus(lam), mean sigmoid(lam); S = 1. As Eq. 29 and 33 have it,
-    E_lam(z) = -<lam, z> without A(lam)."""
+    """eta(z) = z, A(lam) = sum_d softplus(lam), S = 1; E_lam(z) = -<lam, z> as in Eq. 29 and 33."""
     @staticmethod
     def eta(z: Tensor) -> Tensor:
         return z[..., None, :]

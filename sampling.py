@@ -1,7 +1,7 @@
 """Langevin dynamics on an energy (chains descend E), block Gibbs and the replay buffer.
 
 `langevin` is the reference; `fast_langevin` is the same chain with frozen parameters, channels-last
-memory and, where the hardware has it, bfloat16; on a GPU all its steps are one CUDA graph, `Graph`.
+memory and, where the hardware has it, bfloat16; on a GPU it is compiled and one graph, `Graph`.
 Chains are images (B, C, H, W) of [-1, 1] pixels.
 """
 
@@ -49,41 +49,6 @@ def fast_langevin(module: nn.Module, energy, steps, step_size, noise_std, genera
         for p in needing:
             p.requires_grad_(True)
 
-def step(energy, x: Tensor, noise: Tensor, step_size, noise_std, bound) -> Tensor:
-    """One step of `langevin`, without anything that a compiler has to leave alone."""
-    x = x - step_size * torch.func.grad(lambda x: energy(x).sum())(x) + noise_std * noise
-    return x.clamp(-bound, bound) if bound else x
-
-@torch.no_grad()
-def compiled_langevin(module: nn.Module, energy, steps, step_size, noise_std, generator, x: Tensor,
-                      bfloat16=False, bound=0.0) -> Tensor:
-    """`fast_langevin` for a GPU: steps are compiled, the networks' weights folded once."""
-    fast = torch.compile(step, dynamic=False, options={"max_pointwise_cat_inputs": 16})
-    networks = [m for m in module.modules() if hasattr(m, "fold")]
-    try:
-        for network in networks:
-            network.folded = network.fold(torch.bfloat16 if bfloat16 else torch.float32)
-        for _ in range(steps):
-            noise = torch.randn(x.shape, generator=generator, device=x.device)
-            x = fast(energy, x, noise, step_size, noise_std, bound)
-        return x
-    finally:
-        for network in networks:
-            network.folded = None
-
-def compiled(function):
-    """`function` by torch.compile, or, where that fails, as it is, and one warning says why."""
-    ways = [function, torch.compile(function, dynamic=False)]
-    def call(*arguments):
-        try:
-            return ways[-1](*arguments)
-        except RuntimeError as error:
-            if ways.pop() is function:
-                raise
-            warnings.warn(f"not compiled: {error!s:.80}", stacklevel=2)
-            return function(*arguments)
-    return call
-
 class Graph:
     """`move`, a function of chains, recorded once as a CUDA graph and then launched whole; it reads
     the weights as they are then. Where recording fails, `plain` moves, and one warning says why."""
@@ -125,9 +90,10 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     """A function that moves chains (B, C, H, W) on: the model's Gibbs or `fast_langevin`, `how`."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
-    plain, fast = (partial(f, model, energy, steps, step_size, noise_std, generator, **how)
-                   for f in (fast_langevin, compiled_langevin))
-    return Graph(fast if compile else plain, plain, generator) if graph else plain
+    options = {"dynamic": False, "options": {"max_pointwise_cat_inputs": 9}}  # of 3x3 patches
+    plain, fast = (partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
+                   for e in (energy, torch.compile(energy, **options) if compile else energy))
+    return Graph(fast, plain, generator) if graph else plain
 
 class ReplayBuffer:
     """Chains `images` that persist over updates; new and restarted ones are uniform on [-1, 1]."""

@@ -4,8 +4,8 @@
 
 `naive` is the loop of the public code bases: float32, contiguous, parameters that ask for
 gradients, `autograd.grad` a step. `reference` is `sampling.langevin`, `float32` and `bfloat16` are
-what `train` runs with either precision (on a GPU compiled and as one CUDA graph). The matrix rate is that of a
-2048 x 2048 product in the same precision, in turn with the rest.
+what `train` runs with either precision (on a GPU compiled, as one CUDA graph). The matrix rate is
+that of a 2048 x 2048 product in the same precision, in turn with the rest.
 """
 
 import json
@@ -62,7 +62,6 @@ def flops_a_step(model, image_shape) -> float:
 def updater(model, move, buffer, config, bfloat16: bool, device, fast=False):
     """A whole update: chains, loss, optimiser; on noise in place of data."""
     optimiser = torch.optim.Adam(model.parameters(), config.train.rate, fused=fast or None)
-    loss_of = sampling.compiled(model.loss) if fast else model.loss
     x = torch.rand(config.train.batch, *config.data.image, device=device) * 2 - 1
     y = torch.zeros(len(x), dtype=torch.long, device=device)
 
@@ -70,7 +69,7 @@ def updater(model, move, buffer, config, bfloat16: bool, device, fast=False):
         slots, chains = buffer.draw(len(x))
         buffer.images[slots] = chains = move(chains)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss, _ = loss_of(x, y, chains)
+            loss, _ = model.loss(x, y, chains)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -194,14 +194,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(trained, tmp_
 
 def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_to_the_same_end(
         trained, tmp_path):
-    settings = tiny("checkpoint_every=4", "log_every=3")
-    process = launch("train", *settings, "--out", tmp_path)
+    process = launch("train", *tiny(), "--out", tmp_path)
     process.stdout.readline()
     process.stdout.close()  # as `train | tee` when Ctrl-C has ended tee
     assert process.wait(timeout=60) == 130
     assert process.stderr.read() == ""
     assert 0 < cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 24
-    assert run("train", *settings, "--out", tmp_path).exit_code == 0
+    assert run("train", *tiny(), "--out", tmp_path).exit_code == 0
     assert_same_run(trained, tmp_path)
 
 
@@ -282,14 +281,16 @@ def test_a_second_train_in_the_same_folder_is_refused(tmp_path):
     assert "in use by another" in result.stderr
 
 
-def poisoned_once(monkeypatch, call, where="loss"):
-    """The loss or a gradient of the `call`th update is NaN or infinite."""
+def poisoned_once(monkeypatch, call, where="loss", stop=None):
+    """The loss or a gradient of the `call`th update is NaN or infinite; Ctrl-C in the `stop`th."""
     import models
 
     honest, calls = models.Conjugate.loss, []
 
     def loss(self, x, y, chains):
         calls.append(1)
+        if len(calls) == stop:
+            os.kill(os.getpid(), signal.SIGINT)
         loss, metrics = honest(self, x, y, chains)
         bias = self.network.heads[0][0].bias
         kink = (bias - bias.detach()).abs().sqrt().sum()  # 0, its gradient infinite or NaN
@@ -332,53 +333,29 @@ def test_a_rate_that_diverges_is_halved_until_it_does_not_and_the_same_each_time
 
 
 def test_a_run_stopped_by_ctrl_c_rolls_back_as_the_uninterrupted_one(tmp_path, monkeypatch):
-    import models
-
-    honest, calls, folders = models.Conjugate.loss, [], [tmp_path / "whole", tmp_path / "parts"]
-
-    def loss(self, x, y, chains):
-        calls.append(1)
-        if len(calls) == 15 and not stopped:
-            stopped.append(os.kill(os.getpid(), signal.SIGINT))
-        loss, metrics = honest(self, x, y, chains)
-        return loss + (float("nan") if len(calls) == 18 else 0), metrics
-
-    monkeypatch.setattr(models.Conjugate, "loss", loss)
-    stopped = [True]
-    assert run("train", *tiny("checkpoint_every=8"), "--out", folders[0]).exit_code == 0
-    stopped.clear()
-    calls.clear()
-    assert run("train", *tiny("checkpoint_every=8"), "--out", folders[1]).exit_code == 130
-    assert cebm.load_checkpoint(folders[1] / "ckpt.pt")["updates"] == 15
-    assert run("train", *tiny("checkpoint_every=8"), "--out", folders[1]).exit_code == 0
-    assert_same_run(*folders)
-    assert cebm.load_checkpoint(folders[1] / "ckpt.pt")["rollbacks"][0]["to"] == 8
+    whole, parts, settings = tmp_path / "whole", tmp_path / "parts", tiny("checkpoint_every=8")
+    poisoned_once(monkeypatch, 18)
+    assert run("train", *settings, "--out", whole).exit_code == 0
+    monkeypatch.undo()
+    poisoned_once(monkeypatch, 18, stop=15)
+    assert run("train", *settings, "--out", parts).exit_code == 130
+    assert cebm.load_checkpoint(parts / "ckpt.pt")["updates"] == 15
+    assert run("train", *settings, "--out", parts).exit_code == 0
+    assert_same_run(whole, parts)
+    assert cebm.load_checkpoint(parts / "ckpt.pt")["rollbacks"][0]["to"] == 8
 
 
 def test_ctrl_c_on_weights_that_are_not_numbers_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    import models
-
-    honest, calls = models.Conjugate.loss, []
-
-    def loss(self, x, y, chains):
-        calls.append(1)
-        if len(calls) == 20 and stops:
-            stops.pop()
-            os.kill(os.getpid(), signal.SIGINT)
-        loss, metrics = honest(self, x, y, chains)
-        return loss * (float("nan") if len(calls) == poisoned else 1), metrics
-
-    monkeypatch.setattr(models.Conjugate, "loss", loss)
-    settings, stops, poisoned = tiny("checkpoint_every=8"), [], 18  # checks are at 8, 16 and 24
-    settings += ["--set", "guard.every=24"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = tiny("checkpoint_every=8", "guard.every=24")  # checks are at 8, 16 and 24
+    poisoned_once(monkeypatch, 18, "gradient")
     assert run("train", *settings, "--out", whole).exit_code == 0
-    calls.clear()
-    stops.append(1)
+    monkeypatch.undo()
+    poisoned_once(monkeypatch, 18, "gradient", stop=20)
     assert run("train", *settings, "--out", parts).exit_code == 130
     assert cebm.load_checkpoint(parts / "ckpt.pt")["updates"] == 16
-    calls.clear()
-    poisoned = 2  # the same update again
+    monkeypatch.undo()
+    poisoned_once(monkeypatch, 2, "gradient")  # the same update again
     assert run("train", *settings, "--out", parts).exit_code == 0
     assert_same_run(whole, parts)
     assert cebm.load_checkpoint(parts / "ckpt.pt")["rollbacks"][0]["to"] == 8
@@ -645,7 +622,7 @@ def test_probe_and_ood_print_a_row_a_checkpoint(trained):
 def test_probe_can_be_free_of_the_scale_of_the_latents(trained, tmp_path):
     state = torch.load(trained / "ckpt.pt", weights_only=True)
     weights = state["average"]
-    latent, last = state["config"]["model"]["latent"], "module.network.heads.0.2."
+    latent, last = state["config"]["model"]["latent"], "network.heads.0.2."
     for name in ("weight", "bias"):  # t_1 and with it the posterior mean, a power of two smaller
         weights[last + name][:latent] /= 1024
     torch.save(state, tmp_path / "small.pt")
@@ -704,8 +681,8 @@ def test_every_preset_at_its_true_size_trains_resumes_and_is_evaluated(
         prior = [k for k in fresh if k.startswith("prior")]
         loaded = cebm.load_model(tmp_path / "ckpt.pt")[0].state_dict()
         assert len(prior) == 2
-        kept = {f"module.{k}": v for k, v in state["model"].items()} | state.get("average", {})
-        assert all(torch.equal(loaded[k], kept[f"module.{k}"]) for k in prior)
+        kept = state.get("average", state["model"])
+        assert all(torch.equal(loaded[k], kept[k]) for k in prior)
         assert not any(torch.equal(loaded[k], fresh[k]) for k in prior)
     checkpoint, drawn = tmp_path / "ckpt.pt", tmp_path / "drawn.png"
     for extra in ([], ["--given", 3], ["--refine", 2]):
@@ -918,8 +895,8 @@ def test_a_damaged_checkpoint_is_not_trained_over(trained, tmp_path):
 
 def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
     state = cebm.load_checkpoint(trained / "ckpt.pt")
-    for weights, key in (("model", ""), ("average", "module.")):
-        state[weights][f"{key}network.heads.0.0.bias"] = torch.zeros(9)
+    for weights in ("model", "average"):
+        state[weights]["network.heads.0.0.bias"] = torch.zeros(9)
     torch.save(state, tmp_path / "ckpt.pt")
     for result in (run("knn", tmp_path / "ckpt.pt"), run("train", *tiny(), "--out", tmp_path)):
         assert result.exit_code == 1
