@@ -742,13 +742,17 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     assert len(four | two) == 38
     fast = {f"{m}-{d}-fast" for m in ("cebm", "gmm-cebm", "igebm", "jem")
             for d in ("mnist", "fmnist")}
+    gpu = {f"{m}-gpu" for m in ("cebm-mnist", "gmm-cebm-mnist", "cebm-cifar10", "igebm-cifar10")}
     others = {"quickstart", "cebm-folder", "cebm-fmnist-literal"}
-    assert set(listed) == four | two | fast | others
+    assert set(listed) == four | two | fast | gpu | others
     mnist, fmnist = (cebm.compose(f"jem-{d}-fast") for d in ("mnist", "fmnist"))
     assert (mnist.train.decay, fmnist.train.decay) == ("cosine", "none")
     assert replace(mnist.train, updates=10000, decay="none") == fmnist.train  # all else is shared
     assert (mnist.chains.bound, fmnist.chains.bound) == (1.5, 0)
     assert (mnist.chains.final_steps, fmnist.chains.final_steps) == (0, 84)
+    calm = cebm.compose("cebm-mnist-gpu")
+    assert replace(calm.train, rate=6e-4, updates=12000) == mnist.train
+    assert calm.chains == replace(cebm.compose("cebm-mnist-fast").chains, steps=20)
     for name in listed:
         printed = yaml.safe_load(run("show", name).stdout)
         assert cebm.parse_config(printed) == cebm.compose(name)
