@@ -280,7 +280,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
     if settings.batch % ranks or c.buffer % ranks:
         raise click.UsageError(f"train.batch, chains.buffer: not multiples of {ranks} processes")
-    run, floor = Run(config, device, rank, ranks), {}
+    run, floor, gpu = Run(config, device, rank, ranks), {}, device.type == "cuda"
     model, buffer = run.model, run.buffer
     if rank:
         torch.distributed.barrier()  # the first process downloads
@@ -315,7 +315,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     torch.backends.cuda.matmul.allow_tf32 = bfloat16  # then float32 products need no more either
     mover = lru_cache(1)(lambda steps: sampling.mover(
         model, model.energy, steps, c.step_size, c.noise_std, run.generator,
-        device.type == "cuda", settings.compile, bfloat16=bfloat16, bound=c.bound))
+        gpu, gpu and settings.compile, bfloat16=bfloat16, bound=c.bound))
     draws = settings.pictures if buffer or hasattr(model, "generate") else 0
     started, made, interrupted = time.monotonic(), 0, []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update

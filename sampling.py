@@ -90,9 +90,9 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     """A function that moves chains (B, C, H, W) on: the model's Gibbs or `fast_langevin`, `how`."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
-    kind = {"dynamic": False, "options": {"max_pointwise_cat_inputs": 9}}  # of 3x3 patches
+    options = {"dynamic": False, "options": {"max_pointwise_cat_inputs": 9}}  # of 3x3 patches
     plain, fast = (partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
-                   for e in (energy, torch.compile(energy, **kind) if graph and compile else energy))
+                   for e in (energy, torch.compile(energy, **options) if compile else energy))
     return Graph(fast, plain, generator) if graph else plain
 
 class ReplayBuffer:
