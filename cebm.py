@@ -223,7 +223,7 @@ def claimed(folder: Path):
 def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
     """A run goes on only as it began, or longer, where nothing depends on its length."""
     differing = {f"{section}.{k}": (old[section][k], value) for section, part in new.items()
-                 for k, value in part.items() if old[section][k] != value}
+                 for k, value in part.items() if old[section][k] != value and k != "compile"}
     fixed = new["train"]["decay"] == "none" and not new["chains"]["final_steps"]
     longer = old["train"]["updates"] < new["train"]["updates"] and fixed
     if differing and not (longer and list(differing) == ["train.updates"]):
@@ -280,7 +280,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
     if settings.batch % ranks or c.buffer % ranks:
         raise click.UsageError(f"train.batch, chains.buffer: not multiples of {ranks} processes")
-    run, floor, gpu = Run(config, device, rank, ranks), {}, device.type == "cuda"
+    run, floor = Run(config, device, rank, ranks), {}
     model, buffer = run.model, run.buffer
     if rank:
         torch.distributed.barrier()  # the first process downloads
@@ -312,10 +312,10 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
-    torch.backends.cuda.matmul.allow_tf32 = bfloat16  # then float32 products need no more either
+    torch.backends.cuda.matmul.allow_tf32 = bfloat16 and model.chain == "langevin"  # as in convs
     mover = lru_cache(1)(lambda steps: sampling.mover(
         model, model.energy, steps, c.step_size, c.noise_std, run.generator,
-        gpu, gpu and settings.compile, bfloat16=bfloat16, bound=c.bound))
+        device.type == "cuda", settings.compile, bfloat16=bfloat16, bound=c.bound))
     draws = settings.pictures if buffer or hasattr(model, "generate") else 0
     started, made, interrupted = time.monotonic(), 0, []
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
@@ -412,9 +412,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if (device := torch.device(auto if name == "auto" else name)).type == "cuda":
+        auto = name == "auto" and ("cuda" if torch.cuda.is_available() else "cpu")
+        if (device := torch.device(auto or name)).type == "cuda":
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).tolist()
@@ -426,7 +426,7 @@ FILE, OUT = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
 CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", show_default=True,
                         help="Where data sets are, or are downloaded to.")
-DEVICE = click.option("--device", default="auto", callback=_device, help="auto, cpu or cuda.")
+DEVICE = click.option("--device", default="auto", callback=_device, help="cpu or cuda.  [auto]")
 
 def table_command(figures):
     """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""

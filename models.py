@@ -39,7 +39,7 @@ def linears(*sizes: int, activation=nn.SiLU) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 def in_float32(head: nn.Module, features: Tensor) -> Tensor:
-    """`head` outside autocast: convolutions may run in bfloat16, what energies are made of not."""
+    """`head` outside autocast: convolutions may run in bfloat16, energies at most in TF32."""
     with torch.autocast(features.device.type, enabled=False):
         return head(features.to(torch.promote_types(features.dtype, torch.float32)))
 

@@ -51,7 +51,7 @@ def fast_langevin(module: nn.Module, energy, steps, step_size, noise_std, genera
 
 class Graph:
     """`move`, a function of chains, recorded once as a CUDA graph and then launched whole; it reads
-    the weights as they are then. Where recording fails, `plain` moves, and one warning says why."""
+    the weights as they are then. Where that fails `plain` is, or called; a warning says why."""
     def __init__(self, move, plain, generator: torch.Generator):
         self.move, self.plain, self.generator, self.graph = move, plain, generator, None
 
@@ -74,12 +74,12 @@ class Graph:
         self.graph = graph
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.graph is None:
+        while self.graph is None:
             try:
                 self.record(x)
-            except (AssertionError, RuntimeError) as error:
-                warnings.warn(f"chains move step by step: {error!s:.80}", stacklevel=2)
-                self.graph = False
+            except Exception as error:  # a compiler raises any kind
+                warnings.warn(f"chains move slower: {error!s:.80}", stacklevel=2)
+                self.move, self.graph = self.plain, False if self.move is self.plain else None
         if not self.graph:
             return self.plain(x)
         self.start.copy_(x)
@@ -92,8 +92,8 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
         return partial(model.gibbs, steps, generator)
     options = {"dynamic": False, "options": {"max_pointwise_cat_inputs": 9}}  # of 3x3 patches
     plain, fast = (partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
-                   for e in (energy, torch.compile(energy, **options) if compile else energy))
-    return Graph(fast, plain, generator) if graph else plain
+                   for e in (energy, lambda x: torch.compile(energy, **options)(x)))
+    return Graph(fast if compile else plain, plain, generator) if graph else plain
 
 class ReplayBuffer:
     """Chains `images` that persist over updates; new and restarted ones are uniform on [-1, 1]."""

@@ -212,7 +212,7 @@ def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
     assert "train.rate (0.001 there, 0.002 here)" in other.stderr
     assert "model.l2 (0.1 there, 0.2 here)" in other.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    longer = run("train", *tiny("updates=6", "decay=none"), "--out", tmp_path)
+    longer = run("train", *tiny("updates=6", "decay=none", "compile=true"), "--out", tmp_path)
     assert longer.exit_code == 0, longer.stderr
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 6
 
@@ -668,7 +668,7 @@ def test_every_preset_at_its_true_size_trains_resumes_and_is_evaluated(
     model = cebm.compose(preset).model.name
     arguments = ["--preset", preset, "--out", tmp_path, "--set", "batch=8", "--set", "buffer=16",
                  "--set", "steps=2", "--set", "final_steps=0", "--set", "decay=none",
-                 "--set", "precision=float32"]
+                 "--set", "precision=float32", "--set", "compile=false"]
     for updates in (1, 2):
         result = run("train", *arguments, "--set", f"updates={updates}")
         assert result.exit_code == 0, result.stderr
@@ -702,6 +702,7 @@ def test_every_preset_at_its_true_size_trains_resumes_and_is_evaluated(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("error:chains move")
 @pytest.mark.parametrize("compile", ["true", "false"])
 def test_no_update_waits_for_the_gpu_between_two_checks(tmp_path, monkeypatch, compile):
     rate, modes = cebm.learning_rate, {5: "error", 20: "default"}

@@ -123,21 +123,25 @@ def test_the_first_convolutions_gradient_by_pixels_is_autograds(name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it records")
-def test_a_graph_that_cannot_be_recorded_warns_once_and_moves_step_by_step():
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_cannot_be_compiled_or_recorded_is_told_and_chains_move_all_the_same(compile):
     model, x = network(), torch.zeros(4, 1, 28, 28)
     plain = sampling.mover(model, model.energy, 3, 1.0, 0.01, seeded())(x)
-    move = sampling.mover(model, model.energy, 3, 1.0, 0.01, seeded(), graph=True)
-    with pytest.warns(UserWarning, match="step by step: .+") as warned:
+    move = sampling.mover(model, model.energy, 3, 1.0, 0.01, seeded(), True, compile)
+    with pytest.warns(UserWarning, match="slower: .+") as warned:
         ends = move(x), move(x)
-    assert len(warned) == 1
+    assert len(warned) == 1 + compile
     assert torch.equal(ends[0], plain)
     assert not torch.equal(ends[1], plain)  # the generator went on
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("error:chains move")
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_recorded_chain_is_the_reference_and_follows_the_weights(compile, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.compiler.reset()
+    for kind in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(kind, "allow_tf32", False)
     model, x = network().cuda(), torch.zeros(4, 1, 28, 28, device="cuda")
     generator = torch.Generator("cuda")
     move = sampling.mover(model, model.energy, 5, 1.0, 0.01, generator, True, compile, bound=0.02)
@@ -148,6 +152,7 @@ def test_a_recorded_chain_is_the_reference_and_follows_the_weights(compile, monk
         torch.testing.assert_close(move(x), expected, atol=2e-6, rtol=0)
         with torch.no_grad():
             model.network.heads[0][0].bias.add_(0.1)
+    assert move.graph
     torch.cuda.set_sync_debug_mode("error")
     try:
         move(x)
@@ -161,14 +166,15 @@ def test_compiled_chains_are_the_reference_to_float32_rounding(name):
     torch.manual_seed(0)
     model = models.build(config.model, config.data.image, 10)
     x = torch.rand(3, *config.data.image, generator=seeded()) * 2 - 1
-    energy = torch.compile(model.energy, backend="aot_eager")  # all but the making of kernels
-    expected = sampling.langevin(model.energy, x, 2, 1.0, 0.1, seeded(1))
+    torch.compiler.reset()  # else a process compiles a function for eight models, then no more
+    energy = torch.compile(model.energy, backend="aot_eager", fullgraph=True)
+    expected = sampling.langevin(model.energy, x, 2, 1e3, 0.0)
     for frozen in (True, False):
         for p in model.parameters():
             p.requires_grad_(not frozen)
-        end = sampling.langevin(energy, x, 2, 1.0, 0.1, seeded(1))
-        torch.testing.assert_close(end, expected, atol=2e-6, rtol=0)
-    assert (expected - x).abs().max() > 0.1
+        torch.testing.assert_close(sampling.langevin(energy, x, 2, 1e3, 0.0), expected,
+                                   atol=2e-5, rtol=0)
+    assert (expected - x).abs().max() > 0.01
 
 
 def test_in_bfloat16_one_step_differs_by_under_two_percent_of_its_length():
