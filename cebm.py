@@ -312,7 +312,6 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
-    torch.backends.cuda.matmul.allow_tf32 = bfloat16 and model.chain == "langevin"  # as in convs
     mover = lru_cache(1)(lambda steps: sampling.mover(
         model, model.energy, steps, c.step_size, c.noise_std, run.generator,
         device.type == "cuda", settings.compile, bfloat16=bfloat16, bound=c.bound))
@@ -426,7 +425,8 @@ FILE, OUT = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
 CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", show_default=True,
                         help="Where data sets are, or are downloaded to.")
-DEVICE = click.option("--device", default="auto", callback=_device, help="cpu or cuda.  [auto]")
+DEVICE = click.option("--device", default="auto", show_default=True, callback=_device,
+                      help="cpu or cuda.")
 
 def table_command(figures):
     """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""

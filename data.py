@@ -1,7 +1,5 @@
-"""Images in memory as uint8 (N, C, H, W) and labels as int64 (N,).
-
-Four data sets through torchvision, a folder of the user's own, and `glyphs`, digits drawn by code.
-"""
+"""Images in memory as uint8 (N, C, H, W) and labels as int64 (N,): four data sets through
+torchvision, a folder of the user's own, and `glyphs`, digits drawn by code."""
 
 import sys
 from functools import cache

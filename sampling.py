@@ -42,20 +42,23 @@ def fast_langevin(module: nn.Module, energy, steps, step_size, noise_std, genera
     """`langevin` on `energy`, a function of `module`'s parameters; equal to it up to rounding."""
     x = x.contiguous(memory_format=torch.channels_last)
     needing = [p.requires_grad_(False) for p in module.parameters() if p.requires_grad]
-    try:  # chains differentiate by pixels only
+    matmul, tf32 = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    try:  # chains differentiate by pixels only; the heads may use TF32, as convolutions do
+        matmul.allow_tf32 = bfloat16 or tf32
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
             return langevin(energy, x, steps, step_size, noise_std, generator, bound).contiguous()
     finally:
+        matmul.allow_tf32 = tf32
         for p in needing:
             p.requires_grad_(True)
 
 class Graph:
-    """`move`, a function of chains, recorded once as a CUDA graph and then launched whole; it reads
-    the weights as they are then. Where that fails `plain` is, or called; a warning says why."""
-    def __init__(self, move, plain, generator: torch.Generator):
-        self.move, self.plain, self.generator, self.graph = move, plain, generator, None
+    """Moves chains by the first of `ways` that can be recorded as a CUDA graph, launched whole from
+    then on; it reads the weights as they are then. By the last if none can; warnings say why."""
+    def __init__(self, ways: list, generator: torch.Generator):
+        self.ways, self.plain, self.generator, self.graph = ways, ways[-1], generator, None
 
-    def record(self, x: Tensor) -> None:
+    def record(self, move, x: Tensor) -> None:
         """Three moves in a stream of their own, as capture asks for, then the recording."""
         self.start, state, stream = x.clone(), self.generator.get_state(), torch.cuda.Stream()
         before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
@@ -63,23 +66,22 @@ class Graph:
         try:
             with torch.cuda.stream(stream):
                 for _ in range(3):
-                    self.move(self.start)
+                    move(self.start)
             before.wait_stream(stream)
             graph.register_generator_state(self.generator)
             with torch.cuda.graph(graph):
-                self.end = self.move(self.start)
+                self.end = move(self.start)
         finally:  # also when the capture fails
             torch.cuda.set_stream(before)
             self.generator.set_state(state)
         self.graph = graph
 
     def __call__(self, x: Tensor) -> Tensor:
-        while self.graph is None:
+        while self.ways and not self.graph:
             try:
-                self.record(x)
+                self.record(self.ways.pop(0), x)
             except Exception as error:  # a compiler raises any kind
                 warnings.warn(f"chains move slower: {error!s:.80}", stacklevel=2)
-                self.move, self.graph = self.plain, False if self.move is self.plain else None
         if not self.graph:
             return self.plain(x)
         self.start.copy_(x)
@@ -93,7 +95,7 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     options = {"dynamic": False, "options": {"max_pointwise_cat_inputs": 9}}  # of 3x3 patches
     plain, fast = (partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
                    for e in (energy, lambda x: torch.compile(energy, **options)(x)))
-    return Graph(fast if compile else plain, plain, generator) if graph else plain
+    return Graph([fast, plain] if compile else [plain], generator) if graph else plain
 
 class ReplayBuffer:
     """Chains `images` that persist over updates; new and restarted ones are uniform on [-1, 1]."""
