@@ -384,7 +384,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
             kept["log"] += "" if kept["log"] else ",".join(row) + "\n"
             kept["log"] += ",".join(map(str, row.values())) + "\n"
             write(folder / "log.csv", kept["log"].encode())
-            say("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
         if reason:
             run.restore(kept["good"])
             torch.manual_seed(settings.seed + len(rollbacks) + 1_000_003 * rank)
