@@ -220,15 +220,14 @@ def claimed(folder: Path):
         why = "in use by another `train`" if error.errno == errno.EAGAIN else error.strerror
         raise Failure(f"cannot write to {folder}: {why}; choose another --out") from error
 
-def refuse_other_config(old: dict, new: dict, folder: Path) -> None:
-    """A run goes on only as it began, or longer, where nothing depends on its length."""
-    differing = {f"{section}.{k}": (old[section][k], value) for section, part in new.items()
-                 for k, value in part.items() if old[section][k] != value and k != "compile"}
+def changes(old: dict, new: dict) -> str:
+    """What differs between two configurations, but for a longer run where nothing depends on it."""
+    differing = {f"{section}.{k}": f"({old[section][k]}, now {v})" for section, part in new.items()
+                 for k, v in part.items() if old[section][k] != v and k != "compile"}
     fixed = new["train"]["decay"] == "none" and not new["chains"]["final_steps"]
-    longer = old["train"]["updates"] < new["train"]["updates"] and fixed
-    if differing and not (longer and list(differing) == ["train.updates"]):
-        changes = ", ".join(f"{k} ({a} there, {b} here)" for k, (a, b) in differing.items())
-        raise Failure(f"{folder} holds a run with other settings, {changes}: choose another --out")
+    if fixed and old["train"]["updates"] < new["train"]["updates"]:
+        del differing["train.updates"]
+    return ", ".join(f"{k} {how}" for k, how in differing.items())
 
 class Run:
     """What training changes: model, optimiser, chains, random numbers, the weights' average. Of
@@ -239,10 +238,8 @@ class Run:
         self.generator = torch.default_generator if device.type == "cpu" else (
             torch.cuda.default_generators[device.index or 0])  # some losses draw from it too
         torch.manual_seed(train.seed + 1_000_003 * rank)  # another sequence in each process
-        self.optimiser = torch.optim.Adam(self.model.parameters(), train.rate,
-                                          (train.beta1, train.beta2), train.epsilon,
-                                          fused=device.type == "cuda" or None)
-        self.parts = {"model": self.model, "optimiser": self.optimiser}
+        self.adam = torch.optim.Adam(self.model.parameters(), fused=device.type == "cuda" or None)
+        self.parts = {"model": self.model, "optimiser": self.adam}
         self.buffer = self.model.chain and sampling.ReplayBuffer(
             c.buffer // ranks, config.data.image, c.reuse, self.generator)
         self.parts |= {"average": copy.deepcopy(self.model)} if train.average else {}
@@ -275,7 +272,7 @@ def out_of_bounds(greatest: dict[str, float], level: dict[str, float], guard) ->
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
     return ""
 
-def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0, ranks=1) -> bool:
+def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> bool:
     """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
     if settings.batch % ranks or c.buffer % ranks:
@@ -292,13 +289,14 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
         pixels = guard.pixels + 4 * c.noise_std * math.sqrt(max(c.steps, c.final_steps))
         floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
-    auto = "bfloat16" if sampling.bfloat16_pays(device) else "float32"
     now = {"updates": 0, "level": floor, "greatest": torch.zeros(()), **run.snapshot()}
     kept = {"good": now, "candidate": now, "seconds": 0.0, "log": "", "rollbacks": [],
-            "precision": auto if settings.precision == "auto" else settings.precision}
+            "precision": "bfloat16" if sampling.bfloat16_pays(device) else "float32"}
     if path.exists():
         state = load_checkpoint(path)
-        refuse_other_config(state["config"], asdict(config), folder)
+        if (other := changes(state["config"], asdict(config))) and not change:
+            raise Failure(f"{path} has other settings, {other}: choose another --out, or --change")
+        preset = state["preset"] + (other and f"; from update {state['updates']} on {other}")
         try:
             if (there := len(state["generators"])) != ranks:
                 raise Failure(f"{path} is of a run of {there} processes, here are {ranks}: go on "
@@ -309,6 +307,7 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
             raise Failure(f"{path} cannot be gone on from, a part of its state is missing or of "
                           f"another device ({error!r:.80}): choose another --out") from error
         click.echo(f"going on after update {now['updates']} of {path}")
+    kept |= {"precision": settings.precision} if settings.precision != "auto" else {}
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
@@ -334,13 +333,14 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
     while update < settings.updates:
         if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
             raise Failure("diverged {} times, last at update {update}: {why}. {} is good, of "
-                          "update {to}. Try a lower train.rate, more chains.steps, a higher "
-                          "model.l2, l2_on=both".format(len(rollbacks), path, **rollbacks[-1]))
+                          "update {to}. Try a lower train.rate, more chains.steps or a "
+                          "chains.bound".format(len(rollbacks), path, **rollbacks[-1]))
         epoch, position = divmod(update, len(images) // settings.batch)
         order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
         chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
-        for group in run.optimiser.param_groups:
-            group["lr"] = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
+        for group in run.adam.param_groups:
+            rate = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
+            group.update(lr=rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
         x = data.normalise(images[chosen])  # (B, C, H, W)
         noise = torch.randn(x.shape, generator=run.generator, device=device)
         x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
@@ -352,9 +352,9 @@ def train_model(config, folder: Path, data_dir: str, device, preset: str, rank=0
             ends = {"pixel_min": chains.min(), "pixel_max": chains.max()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, metrics = run.loss(x, labels[chosen], chains)
-        run.optimiser.zero_grad(set_to_none=True)
+        run.adam.zero_grad(set_to_none=True)
         loss.backward()
-        run.optimiser.step()
+        run.adam.step()
         if "average" in run.parts:  # an exponential one, without waiting for the device
             share = 1 - settings.average * (update > 1)
             states = (part.state_dict().values() for part in (run.parts["average"], model))
@@ -423,8 +423,7 @@ def _device(_context, _parameter, name: str):
 
 FILE, OUT = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
 CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
-DATA_DIR = click.option("--data-dir", default="data", show_default=True,
-                        help="Where data sets are, or are downloaded to.")
+DATA_DIR = click.option("--data-dir", default="data", show_default=True, help="Folder of the data.")
 DEVICE = click.option("--device", default="auto", show_default=True, callback=_device,
                       help="cpu or cuda.")
 
@@ -460,9 +459,10 @@ def main():
               help="Change a value of the preset, say train.rate=3e-4; may be repeated.")
 @click.option("--out", type=click.Path(file_okay=False), help="Run folder.  [default: runs/PRESET]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="The same as --set train.seed=N.")
+@click.option("--change", is_flag=True, help="Go on with a run that has other settings.")
 @DATA_DIR
 @DEVICE
-def train(preset, settings, out, seed, data_dir, device):
+def train(preset, settings, out, seed, change, data_dir, device):
     """Train, or go on where the run folder's checkpoint stopped.
 
     Example: python cebm.py train --preset cebm-fmnist --set chains.steps=20
@@ -477,7 +477,7 @@ def train(preset, settings, out, seed, data_dir, device):
         atexit.register(torch.distributed.destroy_process_group)
     with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:
         sys.stdout = lock if rank else sys.stdout  # the first process alone prints
-        finished = train_model(config, folder, data_dir, device, preset, rank, ranks)
+        finished = train_model(config, folder, data_dir, device, preset, change, rank, ranks)
         click.echo(f"{config.train.updates} updates done: {path}\nnow try:\n  python cebm.py knn "
                    f"{path}{where}\n  python cebm.py sample {path}" if finished else
                    f"interrupted; saved {path}. The same command goes on from there.")

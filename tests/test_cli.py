@@ -209,12 +209,48 @@ def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
     before = (tmp_path / "ckpt.pt").read_bytes()
     other = run("train", *tiny("updates=4", "decay=none", "rate=2e-3", "l2=0.2"), "--out", tmp_path)
     assert other.exit_code == 1
-    assert "train.rate (0.001 there, 0.002 here)" in other.stderr
-    assert "model.l2 (0.1 there, 0.2 here)" in other.stderr
+    assert "train.rate (0.001, now 0.002)" in other.stderr
+    assert "model.l2 (0.1, now 0.2)" in other.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     longer = run("train", *tiny("updates=6", "decay=none", "compile=true"), "--out", tmp_path)
     assert longer.exit_code == 0, longer.stderr
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 6
+
+
+def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
+        tmp_path, monkeypatch):
+    def begin(folder):
+        run("train", *tiny("decay=none", "warmup=0", "updates=8"), "--out", tmp_path / folder)
+        return tmp_path / folder
+    folder, changed = begin("a"), tiny("decay=none", "warmup=0", "rate=2e-3", "updates=16")
+    result = run("train", *changed, "--change", "--out", folder)
+    assert result.exit_code == 0, result.stderr
+    shown = yaml.safe_load(run("show", folder / "ckpt.pt").stdout)
+    assert shown["preset"] == "quickstart; from update 8 on train.rate (0.001, now 0.002)"
+    assert shown["config"]["train"]["rate"] == 0.002
+    stepwise = tiny("decay=none", "warmup=0", "updates=16")
+    monkeypatch.setattr(cebm, "learning_rate", lambda update, *_: 0.001 * (1 + (update > 8)))
+    run("train", *stepwise, "--out", tmp_path / "b")
+    one, two = (cebm.load_checkpoint(tmp_path / name / "ckpt.pt") for name in "ab")
+    for part in ("model", "average", "optimiser", "buffer", "generators"):
+        same(one[part], two[part], part)
+    more = ("beta1=0.5", "epsilon=1e-4", "steps=3", "precision=bfloat16", "updates=24")
+    assert run("train", *changed, *tiny(*more), "--change", "--out", folder).exit_code == 0
+    again = run("train", *changed, *tiny(*more), "--out", folder)  # itself no change any more
+    assert again.exit_code == 0, again.stderr
+    state = cebm.load_checkpoint(folder / "ckpt.pt")
+    group = state["optimiser"]["param_groups"][0]
+    assert (group["betas"], group["eps"]) == ((0.5, 0.999), 1e-4)
+    assert (state["updates"], state["precision"]) == (24, "bfloat16")
+    assert "; from update 16 on chains.steps (2, now 3), train.beta1 (0." in state["preset"]
+
+
+def test_a_change_that_the_weights_cannot_follow_is_refused_and_nothing_is_lost(trained, tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(before := (trained / "ckpt.pt").read_bytes())
+    result = run("train", *tiny("hidden=9"), "--change", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "cannot be gone on from" in result.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
 def test_the_rate_rises_in_the_warm_up_and_falls_to_zero_by_a_cosine():
@@ -259,7 +295,7 @@ def test_chains_grow_by_a_constant_factor_to_their_final_steps(tmp_path):
     assert out.startswith("8 steps:")
     longer = run("train", *tiny(*growing, "updates=6"), "--out", tmp_path)
     assert longer.exit_code == 1
-    assert "train.updates (4 there, 6 here)" in longer.stderr
+    assert "train.updates (4, now 6)" in longer.stderr
 
 
 def test_the_average_of_the_weights_is_exponential_and_what_is_evaluated(tmp_path):
@@ -444,9 +480,9 @@ def three_updates(config, rank, ranks):
     for images, negatives in zip(x, chains, strict=True):
         mine = images.chunk(ranks)[rank], torch.arange(16).chunk(ranks)[rank] % 10
         loss, _ = run.loss(*mine, negatives.chunk(ranks)[rank])
-        run.optimiser.zero_grad()
+        run.adam.zero_grad()
         loss.backward()
-        run.optimiser.step()
+        run.adam.step()
     return run.model.state_dict()
 
 
@@ -547,7 +583,7 @@ def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(
     (tmp_path / "ckpt.pt").write_bytes(path.read_bytes())
     result = run("train", "--preset", name, "--out", tmp_path, "--set", "batch=8")
     assert result.exit_code == 1
-    assert "holds a run with other settings" in result.stderr
+    assert "has other settings" in result.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == path.read_bytes()
 
 
