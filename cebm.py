@@ -296,8 +296,8 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         state = load_checkpoint(path)
         if (other := changes(state["config"], asdict(config))) and not change:
             raise Failure(f"{path} has other settings, {other}: choose another --out, or --change")
-        preset = state["preset"] + (other and f"; from update {state['updates']} on {other}")
         try:
+            preset = state["preset"] + (other and f"; from update {state['updates']} on {other}")
             if (there := len(state["generators"])) != ranks:
                 raise Failure(f"{path} is of a run of {there} processes, here are {ranks}: go on "
                               f"with torchrun --nproc-per-node={there}, or choose another --out")
