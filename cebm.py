@@ -305,7 +305,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             run.restore(now)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Failure(f"{path} cannot be gone on from, a part of its state is missing or of "
-                          f"another device ({error!r:.80}): choose another --out") from error
+                          f"another device or shape ({error!r:.80}): choose another --out") from error
         click.echo(f"going on after update {now['updates']} of {path}")
     kept |= {"precision": settings.precision} if settings.precision != "auto" else {}
     write = write_whole if rank == 0 else lambda *_: None
