@@ -304,8 +304,8 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             now, kept = ({key: state[key] for key in part} for part in (now, kept))
             run.restore(now)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise Failure(f"{path} cannot be gone on from, a part of its state is missing or of "
-                          f"another device or shape ({error!r:.80}): choose another --out") from error
+            raise Failure(f"{path} cannot be gone on from, a part is missing or of another shape "
+                          f"or device ({error!r:.80}): choose another --out") from error
         click.echo(f"going on after update {now['updates']} of {path}")
     kept |= {"precision": settings.precision} if settings.precision != "auto" else {}
     write = write_whole if rank == 0 else lambda *_: None
