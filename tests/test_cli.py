@@ -926,12 +926,13 @@ def test_a_damaged_checkpoint_is_not_trained_over(trained, tmp_path):
     assert result.exit_code == 1
     assert "no whole checkpoint" in result.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == damaged
-    state = cebm.load_checkpoint(trained / "ckpt.pt")
-    del state["optimiser"]
-    torch.save(state, tmp_path / "ckpt.pt")
-    result = run("train", *tiny(), "--out", tmp_path)
-    assert result.exit_code == 1
-    assert "a part of its state is missing" in result.stderr
+    for part in ("optimiser", "preset"):
+        state = cebm.load_checkpoint(trained / "ckpt.pt")
+        del state[part]
+        torch.save(state, tmp_path / "ckpt.pt")
+        result = run("train", *tiny(), "--out", tmp_path)
+        assert result.exit_code == 1
+        assert f"is missing or of another shape or device (KeyError('{part}'" in result.stderr
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
