@@ -219,10 +219,8 @@ def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
 
 def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
         tmp_path, monkeypatch):
-    def begin(folder):
-        run("train", *tiny("decay=none", "warmup=0", "updates=8"), "--out", tmp_path / folder)
-        return tmp_path / folder
-    folder, changed = begin("a"), tiny("decay=none", "warmup=0", "rate=2e-3", "updates=16")
+    folder, changed = tmp_path / "a", tiny("decay=none", "warmup=0", "rate=2e-3", "updates=16")
+    run("train", *tiny("decay=none", "warmup=0", "updates=8"), "--out", folder)
     result = run("train", *changed, "--change", "--out", folder)
     assert result.exit_code == 0, result.stderr
     shown = yaml.safe_load(run("show", folder / "ckpt.pt").stdout)
