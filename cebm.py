@@ -233,12 +233,13 @@ class Run:
     """What training changes: model, optimiser, chains, random numbers, the weights' average. Of
     several processes (`torchrun`) each has a share of the buffer and a generator of its own."""
     def __init__(self, config, device, rank: int, ranks: int):
-        train, c = config.train, config.chains
+        train, c, cuda = config.train, config.chains, device.type == "cuda"
         self.rank, self.ranks, self.model = rank, ranks, new_model(config, device, True)
-        self.generator = torch.default_generator if device.type == "cpu" else (
-            torch.cuda.default_generators[device.index or 0])  # some losses draw from it too
+        self.generator = torch.cuda.default_generators[device.index or 0] if cuda else (
+            torch.default_generator)  # some losses draw from it too
         torch.manual_seed(train.seed + 1_000_003 * rank)  # another sequence in each process
-        self.adam = torch.optim.Adam(self.model.parameters(), fused=device.type == "cuda" or None)
+        self.adam = torch.optim.Adam(self.model.parameters(), train.rate, fused=cuda or None,
+                                     betas=(train.beta1, train.beta2), eps=train.epsilon)
         self.parts = {"model": self.model, "optimiser": self.adam}
         self.buffer = self.model.chain and sampling.ReplayBuffer(
             c.buffer // ranks, config.data.image, c.reuse, self.generator)
@@ -260,6 +261,7 @@ class Run:
         """Goes on from a snapshot, which stays as it is."""
         for name, part in self.parts.items():
             part.load_state_dict(copy.deepcopy(state[name]))
+        self.adam.param_groups[0].update(self.adam.defaults)  # the configuration's, not the file's
         if self.buffer:
             self.buffer.images.copy_(state["buffer"].chunk(self.ranks)[self.rank])
         self.generator.set_state(state["generators"][self.rank])
@@ -338,9 +340,8 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         epoch, position = divmod(update, len(images) // settings.batch)
         order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
         chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
-        for group in run.adam.param_groups:
-            rate = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
-            group.update(lr=rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
+        rate = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
+        run.adam.param_groups[0]["lr"] = rate
         x = data.normalise(images[chosen])  # (B, C, H, W)
         noise = torch.randn(x.shape, generator=run.generator, device=device)
         x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
@@ -423,9 +424,8 @@ def _device(_context, _parameter, name: str):
 
 FILE, OUT = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
 CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
-DATA_DIR = click.option("--data-dir", default="data", show_default=True, help="Folder of the data.")
-DEVICE = click.option("--device", default="auto", show_default=True, callback=_device,
-                      help="cpu or cuda.")
+DATA_DIR = click.option("--data-dir", default="data", help="Where data are, or are downloaded to.")
+DEVICE = click.option("--device", default="auto", callback=_device, help="cpu or cuda.")
 
 def table_command(figures):
     """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""
@@ -449,12 +449,12 @@ def table_command(figures):
         command = option(command)
     return main.command(figures.__name__, help=figures.__doc__)(command)
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main():
     """Conjugate energy-based models. Start with `python cebm.py train`, a matter of minutes."""
 
 @main.command()
-@click.option("--preset", default="quickstart", show_default=True, help="See `show`.")
+@click.option("--preset", default="quickstart", help="See `show`.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="Change a value of the preset, say train.rate=3e-4; may be repeated.")
 @click.option("--out", type=click.Path(file_okay=False), help="Run folder.  [default: runs/PRESET]")
@@ -486,15 +486,15 @@ def train(preset, settings, out, seed, change, data_dir, device):
 @main.command()
 @CHECKPOINT
 @click.option("--from", "source", type=click.Choice(["buffer", "noise"]), default="buffer",
-              show_default=True, help="Where chains start; a buffer has at most its own number.")
+              help="Where chains start; a buffer has at most its own number.")
 @click.option("--given", type=click.IntRange(1, 1000), metavar="N",
               help="Draw from p(x | z), z the latents of each of the first N test images.")
 @click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")
 @click.option("--refine", type=click.IntRange(0), metavar="STEPS",
               help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).")
-@click.option("--count", type=click.IntRange(1, 10_000), default=64, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--out", type=OUT, default="samples.png", show_default=True)
+@click.option("--count", type=click.IntRange(1, 10_000), default=64)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
+@click.option("--out", type=OUT, default="samples.png")
 @DATA_DIR
 @DEVICE
 def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir, device):
@@ -606,9 +606,9 @@ def ood(model, config, train, test, data_dir, device, against):
 
 @main.command()
 @CHECKPOINT
-@click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
+@click.option("--split", type=click.Choice(["train", "test"]), default="test")
 @click.option("--map", type=OUT, help="A picture of the means too: UMAP if installed, else PCA.")
-@click.option("--out", type=OUT, default="latents.npz", show_default=True)
+@click.option("--out", type=OUT, default="latents.npz")
 @DATA_DIR
 @DEVICE
 def export(checkpoint, split, map, out, data_dir, device):
