@@ -164,8 +164,7 @@ def load_checkpoint(path) -> dict:
 def load_model(path, device="cpu"):
     """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
     state = load_checkpoint(path)
-    config = parse_config(state["config"])
-    model = new_model(config, device)
+    model = new_model(config := parse_config(state["config"]), device)
     try:
         model.load_state_dict(state.get("average") or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
@@ -279,7 +278,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
     if settings.batch % ranks or c.buffer % ranks:
         raise click.UsageError(f"train.batch, chains.buffer: not multiples of {ranks} processes")
-    run, floor = Run(config, device, rank, ranks), {}
+    run, floor, other = Run(config, device, rank, ranks), {}, ""
     model, buffer = run.model, run.buffer
     if rank:
         torch.distributed.barrier()  # the first process downloads
@@ -296,7 +295,8 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             "precision": "bfloat16" if sampling.bfloat16_pays(device) else "float32"}
     if path.exists():
         state = load_checkpoint(path)
-        if (other := changes(state["config"], asdict(config))) and not change:
+        other = changes(state["config"], asdict(config))
+        if other and (not change or "model.name" in other):
             raise Failure(f"{path} has other settings, {other}: choose another --out, or --change")
         try:
             preset = state["preset"] + (other and f"; from update {state['updates']} on {other}")
@@ -332,11 +332,12 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             interrupted.append(os.dup2(os.open(os.devnull, os.O_WRONLY), 1))
     say(f"{settings.updates} updates in {kept['precision']}; every {settings.log_every}:")
     update, greatest = now["updates"], now["greatest"].to(device)  # 0, then one a metric
+    other and save()  # also where no update is left
     while update < settings.updates:
         if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
-            raise Failure("diverged {} times, last at update {update}: {why}. {} is good, of "
-                          "update {to}. Try a lower train.rate, more chains.steps or a "
-                          "chains.bound".format(len(rollbacks), path, **rollbacks[-1]))
+            raise Failure("diverged {} times, last at update {update}: {why}. {} is good, of update"
+                          " {to}. Choose another --out and a lower train.rate or more chains.steps"
+                          .format(len(rollbacks), path, **rollbacks[-1]))
         epoch, position = divmod(update, len(images) // settings.batch)
         order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
         chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
@@ -372,7 +373,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             seen = torch.cat([greatest, more]).nan_to_num(torch.inf)
             if ranks > 1:
                 torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-            *found, stop = seen.tolist()  # waits for the device
+            greatest, (*found, stop) = seen[:-2], seen.tolist()  # waits for the device
             found = dict(zip([*metrics, "weights"], found, strict=True))
             reason = out_of_bounds(found, kept["good"]["level"], guard)
         stop = stop or (ranks == 1 and interrupted)
@@ -480,7 +481,7 @@ def train(preset, settings, out, seed, change, data_dir, device):
         finished = train_model(config, folder, data_dir, device, preset, change, rank, ranks)
         click.echo(f"{config.train.updates} updates done: {path}\nnow try:\n  python cebm.py knn "
                    f"{path}{where}\n  python cebm.py sample {path}" if finished else
-                   f"interrupted; saved {path}. The same command goes on from there.")
+                   f"interrupted; {path} is of the last good update: the same command goes on")
     sys.exit(0 if finished else 130)
 
 @main.command()
@@ -500,14 +501,13 @@ def train(preset, settings, out, seed, change, data_dir, device):
 def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir, device):
     """Draw a grid of samples into a PNG: chains, or a generator's images.
 
-    Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise --steps 500
+    Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise
     """
     model, config, state = load_model(checkpoint, device)
     name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
     if (given and not hasattr(model, "posterior")) or (refine and name != "gan"):
         raise click.UsageError(f"{'--given' if given else '--refine'} is not for {name}")
-    generator = torch.Generator(device).manual_seed(seed)
-    chain = c.step_size, c.noise_std, generator
+    chain = c.step_size, c.noise_std, (generator := torch.Generator(device).manual_seed(seed))
     if given:
         originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
         count, z = len(originals), model.represent(originals.to(device)).detach()  # (N, D)
@@ -616,7 +616,7 @@ def export(checkpoint, split, map, out, data_dir, device):
 
     The mean is the vector that `knn` uses, the std that of the whole posterior.
 
-    Example: python cebm.py export runs/quickstart/ckpt.pt --split train --map map.png
+    Example: python cebm.py export runs/quickstart/ckpt.pt --map map.png
     """
     model, config, _ = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
@@ -649,7 +649,7 @@ def show(what):
                        + f" to {c.chains.final_steps}" * (c.chains.final_steps > 0))
     elif what in PRESETS:
         click.echo(as_yaml(asdict(compose(what))), nl=False)
-    elif Path(what).is_file():
+    elif os.path.isfile(what):
         state = load_checkpoint(what)
         facts = {k: v for k, v in state.items() if k not in (
             "model optimiser average buffer generators good candidate greatest log".split())}
@@ -659,4 +659,7 @@ def show(what):
         raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, PRESETS)}")
 
 if __name__ == "__main__":
+    sys.excepthook = lambda kind, error, trace: (  # no traceback for want of memory
+        click.echo(f"Error: {error!s:.150}: choose smaller sizes", err=True)
+        if "memory" in str(error) else sys.__excepthook__(kind, error, trace))
     main()

@@ -38,10 +38,9 @@ def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
     elif name == "folder":
         images, labels = _folder(Path(data_dir), split, image_shape)
     else:
-        images, labels = _public(name, split, data_dir)
-        if extra and name == "svhn" and split == "train":
-            more = _public(name, "extra", data_dir)
-            images, labels = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
+        splits = [split] + ["extra"] * (extra and name == "svhn" and split == "train")
+        parts = zip(*(_public(name, s, data_dir) for s in splits), strict=True)
+        images, labels = map(torch.cat, parts)
     found, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], image_shape or ()))
     if image_shape and found != wanted:
         raise DataError(f"{name} has images of {found} (channels x height x width), the "

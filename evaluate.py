@@ -77,14 +77,13 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
 def density_scores(model, images: Tensor, device) -> dict[str, Tensor]:
     """Scores (N,) of images, higher for what is likelier: log p(x) + const, -|grad log p(x)|."""
-    def scores(x: Tensor) -> Tensor:
+    def pair(x: Tensor) -> Tensor:
         with torch.enable_grad():
             energy = model.energy(x.requires_grad_(True))
             (gradient,) = torch.autograd.grad(energy.sum(), x)
         return -torch.stack([energy.detach(), gradient.flatten(1).norm(dim=1)], 1)
     with seeded(0, device):
-        logp, gradient = in_batches(scores, images, device, 500).T
-    return {"logp": logp, "gradient": gradient}
+        return dict(zip(("logp", "gradient"), in_batches(pair, images, device, 500).T, strict=True))
 
 def plane(latents: Tensor) -> tuple[Tensor, str]:
     """Latents (N, D) in two dimensions (N, 2) by UMAP if `umap-learn` is installed, else by PCA."""

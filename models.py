@@ -207,8 +207,7 @@ class LinearStatistics(nn.Module):
         if self.binary:
             x = torch.bernoulli(natural.sigmoid(), generator=generator) * 2 - 1
         else:
-            noise = torch.empty_like(natural).normal_(generator=generator)
-            x = self.variance * natural + self.variance**0.5 * noise
+            x = torch.normal(self.variance * natural, self.variance**0.5, generator=generator)
         return x.view(-1, *self.image_shape)
 
 def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:

@@ -186,7 +186,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(trained, tmp_
         if process.returncode:
             break
     assert process.returncode == 130, err
-    assert "goes on from there" in out
+    assert "the same command goes on" in out
     assert 3 <= cebm.load_checkpoint(folder / "ckpt.pt")["updates"] < 24
     assert "going on after update" in run("train", *tiny(), "--out", folder).stdout
     assert_same_run(trained, folder)
@@ -241,6 +241,11 @@ def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
     assert (group["betas"], group["eps"]) == ((0.5, 0.999), 1e-4)
     assert (state["updates"], state["precision"]) == (24, "bfloat16")
     assert "; from update 16 on chains.steps (2, now 3), train.beta1 (0." in state["preset"]
+    more = (*more, "represent=mixture")  # with no update left
+    assert run("train", *changed, *tiny(*more), "--change", "--out", folder).exit_code == 0
+    state = cebm.load_checkpoint(folder / "ckpt.pt")
+    assert state["preset"].endswith("; from update 24 on model.represent (component, now mixture)")
+    assert state["config"]["model"]["represent"] == "mixture"
 
 
 def test_a_change_that_the_weights_cannot_follow_is_refused_and_nothing_is_lost(trained, tmp_path):
@@ -248,6 +253,9 @@ def test_a_change_that_the_weights_cannot_follow_is_refused_and_nothing_is_lost(
     result = run("train", *tiny("hidden=9"), "--change", "--out", tmp_path)
     assert result.exit_code == 1
     assert "cannot be gone on from" in result.stderr
+    other = run("train", *tiny("model.name=igebm"), "--change", "--out", tmp_path)
+    assert other.exit_code == 1
+    assert "model.name (cebm, now igebm)" in other.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
@@ -433,17 +441,18 @@ def test_the_guard_is_silent_on_a_healthy_run(trained):
 @pytest.mark.parametrize("setting", ["buffer=10000000", "batch=1000000 buffer=1000000",
                                      "hidden=65536 channels=[4096,4096,4096,4096]"])
 def test_sizes_beyond_memory_are_refused_before_any_work(tmp_path, setting):
-    result = run("train", *tiny(*setting.split()), "--out", tmp_path)
+    result = run("train", *tiny(*setting.split()), "--out", tmp_path, "--device", "cpu")
     assert result.exit_code == 1
     assert "GiB of memory" in result.stderr
     assert not (tmp_path / "config.yaml").exists()
 
 
 def torchrun(count, *arguments):
-    """A command in `count` processes of one machine."""
+    """A command in `count` processes of one machine's processor."""
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-         ROOT / "cebm.py", *map(str, arguments)], capture_output=True, text=True, timeout=200,
+         ROOT / "cebm.py", *map(str, arguments), "--device", "cpu"],
+        capture_output=True, text=True, timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
