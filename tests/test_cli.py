@@ -794,9 +794,10 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     assert replace(mnist.train, updates=10000, decay="none") == fmnist.train  # all else is shared
     assert (mnist.chains.bound, fmnist.chains.bound) == (1.5, 0)
     assert (mnist.chains.final_steps, fmnist.chains.final_steps) == (0, 84)
-    calm = cebm.compose("cebm-mnist-gpu")
+    calm, longer = (cebm.compose(f"cebm-mnist-{v}") for v in ("fast", "gpu"))
     assert replace(calm.train, rate=6e-4, updates=12000) == mnist.train
-    assert calm.chains == replace(cebm.compose("cebm-mnist-fast").chains, steps=20)
+    assert calm.chains == replace(mnist.chains, steps=20) == longer.chains
+    assert replace(longer.train, updates=15000) == calm.train
     for name in listed:
         printed = yaml.safe_load(run("show", name).stdout)
         assert cebm.parse_config(printed) == cebm.compose(name)
