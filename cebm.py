@@ -296,7 +296,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     if path.exists():
         state = load_checkpoint(path)
         other = changes(state["config"], asdict(config))
-        if other and (not change or "model.name" in other):
+        if other and (not change or state["config"]["model"]["name"] != config.model.name):
             raise Failure(f"{path} has other settings, {other}: choose another --out, or --change")
         try:
             preset = state["preset"] + (other and f"; from update {state['updates']} on {other}")

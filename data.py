@@ -38,9 +38,9 @@ def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
     elif name == "folder":
         images, labels = _folder(Path(data_dir), split, image_shape)
     else:
-        splits = [split] + ["extra"] * (extra and name == "svhn" and split == "train")
-        parts = zip(*(_public(name, s, data_dir) for s in splits), strict=True)
-        images, labels = map(torch.cat, parts)
+        own = images, labels = _public(name, split, data_dir)
+        if extra and name == "svhn" and split == "train":
+            images, labels = map(torch.cat, zip(own, _public(name, "extra", data_dir), strict=True))
     found, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], image_shape or ()))
     if image_shape and found != wanted:
         raise DataError(f"{name} has images of {found} (channels x height x width), the "
