@@ -44,7 +44,7 @@ def _tree(model: str, source: str, overrides: dict) -> dict:
 
 torch, np, data, evaluate, models, sampling = map(
     Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
-FORMAT = 6  # of the checkpoint; another number is refused
+FORMAT = 7  # of the checkpoint; another number is refused
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
@@ -241,7 +241,8 @@ class Run:
                                      betas=(train.beta1, train.beta2), eps=train.epsilon)
         self.parts = {"model": self.model, "optimiser": self.adam}
         self.buffer = self.model.chain and sampling.ReplayBuffer(
-            c.buffer // ranks, config.data.image, c.reuse, self.generator)
+            c.buffer // ranks, config.data.image, c.reuse, self.generator, c.data_restarts,
+            c.restart_std)
         self.parts |= {"average": copy.deepcopy(self.model)} if train.average else {}
         self.model.forward = self.loss = self.model.loss
         if ranks > 1:  # gradients are averaged where the model is called
@@ -343,12 +344,11 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
         rate = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
         run.adam.param_groups[0]["lr"] = rate
-        x = data.normalise(images[chosen])  # (B, C, H, W)
-        noise = torch.randn(x.shape, generator=run.generator, device=device)
-        x = (x + config.data.noise_std * noise).contiguous(memory_format=torch.channels_last)
+        x = data.normalise(images[chosen]).contiguous(memory_format=torch.channels_last)
+        x += config.data.noise_std * torch.randn(x.shape, generator=run.generator, device=device)
         chains, ends = None, {}
         if buffer:
-            slots, chains = buffer.draw(len(chosen))
+            slots, chains = buffer.draw(x)
             steps = c.steps * ((c.final_steps or c.steps) / c.steps) ** (update / settings.updates)
             buffer.images[slots] = chains = mover(round(steps))(chains)
             ends = {"pixel_min": chains.min(), "pixel_max": chains.max()}

@@ -196,10 +196,8 @@ class LinearStatistics(nn.Module):
         """(B, C, H, W) -> t (B, 1, D) and the term of x alone (B,)."""
         with torch.autocast(x.device.type, enabled=False):
             x = (x.flatten(1) + 1) / 2 if self.binary else x.flatten(1)
-            alone = x @ self.theta_x
-            if not self.binary:
-                alone = alone - (x * x).sum(1) / (2 * self.variance)
-            return (x @ self.theta_xz)[:, None], alone
+            square = 0.0 if self.binary else (x * x).sum(1) / (2 * self.variance)
+            return (x @ self.theta_xz)[:, None], x @ self.theta_x - square
 
     def sample(self, z: Tensor, generator=None) -> Tensor:
         """x ~ p(x | z) of Eq. 31: (B, D) -> (B, C, H, W)."""
@@ -415,9 +413,8 @@ class GAN(nn.Module):
         making = F.softplus(-torch.func.functional_call(judge, d, fake)).mean()
         if len(real) == 2:  # the encoder makes the real pairs look like the generator's
             making = making + F.softplus(torch.func.functional_call(judge, d, real)).mean()
-        accuracy = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
-        metrics = {"discriminator": judging, "generator": making, "accuracy": accuracy}
-        return judging + making, metrics
+        right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
+        return judging + making, {"discriminator": judging, "generator": making, "accuracy": right}
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """The non-saturating game of G and D."""

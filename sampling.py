@@ -98,18 +98,21 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     return Graph([fast, plain] if compile else [plain], generator) if graph else plain
 
 class ReplayBuffer:
-    """Chains `images` that persist over updates; new and restarted ones are uniform on [-1, 1]."""
-    def __init__(self, size: int, image_shape, reuse: float, generator: torch.Generator):
-        self.reuse, self.generator = reuse, generator
+    """Chains `images` that persist over updates. They start, anew with chance 1 - reuse, uniform on
+    [-1, 1], or `share` of these later starts from data with noise of deviation `std`."""
+    def __init__(self, size, image_shape, reuse, generator: torch.Generator, share=0.0, std=0.0):
+        self.reuse, self.generator, self.share, self.std = reuse, generator, share, std
         self.images = uniform((size, *image_shape), generator)  # (size, C, H, W)
 
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """`count` distinct slots (count,) and their chains, restarted with chance 1 - reuse."""
+    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Distinct slots (B,) and their chains, as many as images x (B, C, H, W)."""
         at = {"generator": self.generator, "device": self.generator.device}
-        slots = torch.randperm(len(self.images), **at)[:count]
-        restart = torch.rand((count, 1, 1, 1), **at) >= self.reuse
-        fresh = uniform((count, *self.images.shape[1:]), self.generator)
-        return slots, torch.where(restart, fresh, self.images[slots])
+        slots = torch.randperm(len(self.images), **at)[: len(x)]
+        chance, fresh = torch.rand((len(x), 1, 1, 1), **at), uniform(x.shape, self.generator)
+        if self.share:
+            noised = x + self.std * torch.randn(x.shape, **at)
+            fresh = torch.where(chance >= 1 - self.share * (1 - self.reuse), noised, fresh)
+        return slots, torch.where(chance >= self.reuse, fresh, self.images[slots])
 
 def uniform(shape, generator: torch.Generator) -> Tensor:
     """Noise on [-1, 1], where chains start."""

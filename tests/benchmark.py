@@ -66,7 +66,7 @@ def updater(model, move, buffer, config, bfloat16: bool, device, fast=False):
     y = torch.zeros(len(x), dtype=torch.long, device=device)
 
     def update():
-        slots, chains = buffer.draw(len(x))
+        slots, chains = buffer.draw(x)
         buffer.images[slots] = chains = move(chains)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, _ = model.loss(x, y, chains)

@@ -576,17 +576,19 @@ def test_a_checkpoint_without_a_buffer_says_that_it_starts_from_noise(trained, t
     assert "starting from noise" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["cebm-fmnist", "cebm-mnist", "gmm-cebm-fmnist", "gmm-cebm-mnist"])
+@pytest.mark.parametrize(("name", "between"), [
+    ("cebm-fmnist", 10), ("cebm-mnist", 10), ("gmm-cebm-fmnist", 10), ("gmm-cebm-mnist", 10),
+    ("cebm-fmnist-latents", 0.6)])
 def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(
-        name, tmp_path, monkeypatch):
+        name, between, tmp_path, monkeypatch):
     tiny_data(monkeypatch)
-    path = ROOT / "checkpoints" / f"{name}.pt"
+    path, name = ROOT / "checkpoints" / f"{name}.pt", name.removesuffix("-latents")
     assert path.stat().st_size < 2e6
     assert cebm.load_checkpoint(path)["preset"].startswith(name)
     result = run("sample", path, "--steps", 60, "--count", 8, "--out", tmp_path / "a.png")
     assert "starting from noise" in result.stdout
     before, after = (float(v) for v in result.stdout.split("energy ")[1].split(",")[0].split("->"))
-    assert after < 10 < before
+    assert after < between < before
     (tmp_path / "ckpt.pt").write_bytes(path.read_bytes())
     result = run("train", "--preset", name, "--out", tmp_path, "--set", "batch=8")
     assert result.exit_code == 1
@@ -764,11 +766,13 @@ def test_no_update_waits_for_the_gpu_between_two_checks(tmp_path, monkeypatch, c
     assert result.exit_code == 0, result.stderr
 
 
-@pytest.mark.parametrize("preset", ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist", "rbm-mnist"])
+@pytest.mark.parametrize("preset", ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist", "rbm-mnist",
+                                    "igebm-fmnist-fast"])
 def test_runs_with_random_losses_priors_or_gibbs_chains_resume_bit_for_bit(
         preset, tmp_path, monkeypatch):
     tiny_data(monkeypatch)
-    arguments = ["--preset", preset, *tiny("hidden=8", "updates=8", "warmup=0", "pictures=2")]
+    arguments = ["--preset", preset, *tiny("hidden=8", "updates=8", "warmup=0", "pictures=2",
+                                          "decay=none", "reuse=0.5")]
     run("train", *arguments, "--out", tmp_path / "whole")
     for updates in ("updates=3", "updates=8"):
         result = run("train", *arguments, "--set", updates, "--out", tmp_path / "parts")
@@ -790,10 +794,9 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     others = {"quickstart", "cebm-folder", "cebm-fmnist-literal"}
     assert set(listed) == four | two | fast | gpu | others
     mnist, fmnist = (cebm.compose(f"jem-{d}-fast") for d in ("mnist", "fmnist"))
-    assert (mnist.train.decay, fmnist.train.decay) == ("cosine", "none")
-    assert replace(mnist.train, updates=10000, decay="none") == fmnist.train  # all else is shared
-    assert (mnist.chains.bound, fmnist.chains.bound) == (1.5, 0)
-    assert (mnist.chains.final_steps, fmnist.chains.final_steps) == (0, 84)
+    assert replace(mnist.train, updates=15000) == fmnist.train  # all else is shared
+    assert (fmnist.chains.reuse, fmnist.chains.data_restarts, mnist.chains.bound) == (0.99, 1, 1.5)
+    assert mnist.chains == replace(fmnist.chains, reuse=0.95, data_restarts=0.0, bound=1.5)
     calm, longer = (cebm.compose(f"cebm-mnist-{v}") for v in ("fast", "gpu"))
     assert replace(calm.train, rate=6e-4, updates=12000) == mnist.train
     assert calm.chains == replace(mnist.chains, steps=20) == longer.chains

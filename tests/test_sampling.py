@@ -193,7 +193,7 @@ def test_five_percent_of_chains_restart_uniformly():
     buffer.images.fill_(7.0)
     restarted, drawn = [], 0
     for _ in range(200):
-        _, x = buffer.draw(100)
+        _, x = buffer.draw(torch.zeros(100, 1, 4, 4))
         fresh = x[(x != 7).flatten(1).all(1)]
         assert len(fresh) + (x == 7).flatten(1).all(1).sum() == 100
         restarted.append(fresh)
@@ -206,10 +206,26 @@ def test_five_percent_of_chains_restart_uniformly():
     assert abs(fresh.var() - 1 / 3) < 0.02
 
 
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_a_share_of_restarted_chains_are_images_with_noise(share):
+    buffer = sampling.ReplayBuffer(500, (1, 4, 4), 0.8, seeded(), share, 0.1)
+    buffer.images.fill_(7.0)
+    x = torch.full((100, 1, 4, 4), -3.0)
+    chains = torch.cat([buffer.draw(x)[1] for _ in range(200)])
+    kept = (chains == 7).flatten(1).all(1)
+    noised = (chains + 3).flatten(1).abs().amax(1) < 1  # ten deviations; uniform ones are 2 away
+    for chance, found in ((0.8, kept), (0.2 * share, noised)):
+        assert abs(found.double().mean() - chance) < 5 * (chance * (1 - chance) / len(found)) ** 0.5
+    assert abs((chains[noised] + 3).std() - 0.1) < 0.005
+    uniform = chains[~kept & ~noised]
+    assert bool(len(uniform)) == (share < 1)
+    assert uniform.abs().le(1).all()
+
+
 def test_slots_are_distinct_and_hold_the_chains_that_were_drawn():
     buffer = sampling.ReplayBuffer(50, (1, 2, 2), 1.0, seeded())
     before = buffer.images.clone()
-    slots, x = buffer.draw(40)
+    slots, x = buffer.draw(torch.zeros(40, 1, 2, 2))
     assert len(slots.unique()) == 40
     assert torch.equal(x, before[slots])
     assert torch.equal(buffer.images, before)
@@ -219,15 +235,15 @@ def test_every_slot_is_drawn_in_time():
     buffer = sampling.ReplayBuffer(50, (1, 2, 2), 1.0, seeded())
     counts = torch.zeros(50)
     for _ in range(1000):
-        counts[buffer.draw(10)[0]] += 1
+        counts[buffer.draw(torch.zeros(10, 1, 2, 2))[0]] += 1
     assert (counts - 200).abs().max() < 5 * 160**0.5
 
 
 def test_buffer_and_generator_state_bring_back_the_same_draws():
     first = sampling.ReplayBuffer(20, (1, 2, 2), 0.5, seeded())
-    first.draw(5)
+    first.draw(x := torch.zeros(5, 1, 2, 2))
     second = sampling.ReplayBuffer(20, (1, 2, 2), 0.5, seeded(9))
     second.images.copy_(first.images)
     second.generator.set_state(first.generator.get_state())
-    for a, b in zip(first.draw(5), second.draw(5), strict=True):
+    for a, b in zip(first.draw(x), second.draw(x), strict=True):
         assert torch.equal(a, b)
