@@ -578,7 +578,7 @@ def test_a_checkpoint_without_a_buffer_says_that_it_starts_from_noise(trained, t
 
 @pytest.mark.parametrize(("name", "between"), [
     ("cebm-fmnist", 10), ("cebm-mnist", 10), ("gmm-cebm-fmnist", 10), ("gmm-cebm-mnist", 10),
-    ("cebm-fmnist-latents", 0.6)])
+    ("cebm-fmnist-latents", 0.6), ("gmm-cebm-fmnist-latents", 0.28)])
 def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(
         name, between, tmp_path, monkeypatch):
     tiny_data(monkeypatch)
