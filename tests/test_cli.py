@@ -768,7 +768,7 @@ def test_no_update_waits_for_the_gpu_between_two_checks(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("preset", ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist", "rbm-mnist",
                                     "igebm-fmnist-fast"])
-def test_runs_with_random_losses_priors_or_gibbs_chains_resume_bit_for_bit(
+def test_runs_with_random_losses_priors_restarts_or_gibbs_chains_resume_bit_for_bit(
         preset, tmp_path, monkeypatch):
     tiny_data(monkeypatch)
     arguments = ["--preset", preset, *tiny("hidden=8", "updates=8", "warmup=0", "pictures=2",
