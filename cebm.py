@@ -42,26 +42,6 @@ def _tree(model: str, source: str, overrides: dict) -> dict:
         tree[section][key] = value
     return tree
 
-torch, np, data, evaluate, models, sampling = map(
-    Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
-FORMAT = 7  # of the checkpoint; another number is refused
-try:
-    BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
-    COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
-    # A frozen dataclass a section: keys and types of recipes.common, whose bounds are in `limits`.
-    SECTIONS = {name: make_dataclass(name, {k: type(v) for k, v in values.items()}, frozen=True)
-                for name, values in COMMON.items()}
-    Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
-    PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
-    PRESETS |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
-    PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], kind["set"] | extra)
-                for v, kind in BOOK["variants"].items() for base, extra in kind["of"].items()}
-    for preset in PRESETS.values():
-        _tree(*preset)  # can be composed
-except (OSError, LookupError, AttributeError, TypeError, ValueError, yaml.YAMLError) as error:
-    sys.exit("Error: configs.yaml: " + " ".join(repr(error).split()))
-as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
-
 def _nearest(word, known) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
@@ -88,6 +68,26 @@ def _checked(key: str, value, like, limit):
     wanted = f"one of {', '.join(map(str, limit))}" if isinstance(like, (str, bool)) else (
         f"{kind or f'a list of {len(like)} numbers, each'} from {limit[0]:,} to {limit[1]:,}")
     raise click.UsageError(f"{key} = {value!r}: it has to be {wanted}")
+
+torch, np, data, evaluate, models, sampling = map(
+    Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
+FORMAT = 7  # of the checkpoint; another number is refused
+try:
+    BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
+    COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
+    # A frozen dataclass a section: keys and types of recipes.common, whose bounds are in `limits`.
+    SECTIONS = {name: make_dataclass(name, {k: type(v) for k, v in values.items()}, frozen=True)
+                for name, values in COMMON.items()}
+    Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
+    PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
+    PRESETS |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
+    PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], kind["set"] | extra)
+                for v, kind in BOOK["variants"].items() for base, extra in kind["of"].items()}
+    for preset in PRESETS.values():
+        _checked("", _tree(*preset), COMMON, LIMITS)
+except (OSError, LookupError, AttributeError, TypeError, ValueError, Failure, yaml.YAMLError) as e:
+    sys.exit("Error: configs.yaml: " + " ".join(repr(e).split()))
+as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
 
 def parse_config(tree) -> Config:
     """A plain dictionary of sections -> frozen `Config`; UsageError names what is wrong."""

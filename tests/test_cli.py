@@ -972,7 +972,8 @@ def test_pictures_go_only_where_a_file_can_be(trained, tmp_path, monkeypatch, ou
 @pytest.mark.parametrize("change", [("presets:", "preset:"), ("models:", "model:"),
                                     ("limits:", "limit:"), ("of: {cebm-fmnist:", "of: {cebm-f:"),
                                     ("common:", "commons:"), ("{trunk: small}", "{trunk: smal}"),
-                                    ("data:", "data: [")])
+                                    ("data:", "data: ["), ("    reuse: [", "    reuze: ["),
+                                    ("reuse: 0.99", "reuse: 9.9")])
 def test_a_misspelt_configs_yaml_is_named_in_a_line(tmp_path, change):
     (tmp_path / "cebm.py").write_text((ROOT / "cebm.py").read_text())
     text = (ROOT / "configs.yaml").read_text()
