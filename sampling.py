@@ -98,8 +98,8 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     return Graph([fast, plain] if compile else [plain], generator) if graph else plain
 
 class ReplayBuffer:
-    """Chains `images` that persist over updates. They start uniform on [-1, 1], and anew with chance
-    1 - reuse: so again, or, a `share` of them, from data with noise of deviation `std`."""
+    """Chains `images` that persist over updates. They start uniform on [-1, 1], anew with chance
+    1 - reuse, so again or, a `share` of them, from data with noise of deviation `std`."""
     def __init__(self, size, image_shape, reuse, generator: torch.Generator, share=0.0, std=0.0):
         self.reuse, self.generator, self.share, self.std = reuse, generator, share, std
         self.images = uniform((size, *image_shape), generator)  # (size, C, H, W)
