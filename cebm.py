@@ -158,7 +158,7 @@ def load_checkpoint(path) -> dict:
             return state
         reason = "values that no run leaves"
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
-        reason = getattr(error, "message", type(error).__name__)
+        reason = getattr(error, "message", getattr(error, "strerror", type(error).__name__))
     raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}): take another copy")
 
 def load_model(path, device="cpu"):
@@ -294,7 +294,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     now = {"updates": 0, "level": floor, "greatest": torch.zeros(()), **run.snapshot()}
     kept = {"good": now, "candidate": now, "seconds": 0.0, "log": "", "rollbacks": [],
             "precision": "bfloat16" if sampling.bfloat16_pays(device) else "float32"}
-    if path.exists():
+    if path.exists() or change:
         state = load_checkpoint(path)
         other = changes(state["config"], asdict(config))
         if other and (not change or state["config"]["model"]["name"] != config.model.name):
@@ -460,7 +460,7 @@ def main():
               help="Change a value of the preset, say train.rate=3e-4; may be repeated.")
 @click.option("--out", type=click.Path(file_okay=False), help="Run folder.  [default: runs/PRESET]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="The same as --set train.seed=N.")
-@click.option("--change", is_flag=True, help="Go on with a run that has other settings.")
+@click.option("--change", is_flag=True, help="Go on with the run in --out under other settings.")
 @DATA_DIR
 @DEVICE
 def train(preset, settings, out, seed, change, data_dir, device):

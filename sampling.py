@@ -92,7 +92,7 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     """A function that moves chains (B, C, H, W) on: the model's Gibbs or `fast_langevin`, `how`."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
-    options = {"dynamic": False, "options": {"max_pointwise_cat_inputs": 9}}  # of 3x3 patches
+    options = {"dynamic": False, "options": {"force_pointwise_cat": True}}  # one kernel for patches
     plain, fast = (partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
                    for e in (energy, lambda x: torch.compile(energy, **options)(x)))
     return Graph([fast, plain] if compile else [plain], generator) if graph else plain

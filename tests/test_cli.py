@@ -248,6 +248,14 @@ def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
     assert state["config"]["model"]["represent"] == "mixture"
 
 
+def test_a_change_of_a_run_that_is_not_there_is_refused_and_begins_none(tmp_path):
+    result = run("train", *tiny(), "--change", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'ckpt.pt'} is no whole checkpoint" in result.stderr
+    assert "(No such file or directory)" in result.stderr
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_a_change_that_the_weights_cannot_follow_is_refused_and_nothing_is_lost(trained, tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(before := (trained / "ckpt.pt").read_bytes())
     result = run("train", *tiny("hidden=9"), "--change", "--out", tmp_path)
