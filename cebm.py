@@ -98,7 +98,7 @@ def parse_config(tree) -> Config:
     if min(image[1:]) < 8 or (draws and image[1:] not in ([28, 28], [32, 32])):
         wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
         raise click.UsageError(f"data.image = {image}: {name} is for images of {wanted} pixels")
-    if config.train.batch > config.chains.buffer:
+    if config.train.batch > config.chains.buffer and not draws:
         raise click.UsageError(f"train.batch = {config.train.batch} must not exceed chains.buffer "
                                f"= {config.chains.buffer}, a slot for each chain")
     return config
@@ -166,7 +166,7 @@ def load_model(path, device="cpu"):
     state = load_checkpoint(path)
     model = new_model(config := parse_config(state["config"]), device)
     try:
-        model.load_state_dict(state.get("average") or state["model"])
+        model.load_state_dict((config.train.average and state.get("average")) or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
@@ -266,13 +266,13 @@ class Run:
             self.buffer.images.copy_(state["buffer"].chunk(self.ranks)[self.rank])
         self.generator.set_state(state["generators"][self.rank])
 
-def out_of_bounds(greatest: dict[str, float], level: dict[str, float], guard) -> str:
+def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None:
     """Which of the greatest magnitudes since the last check is past what is healthy, if any."""
     for name, value in greatest.items():
-        bound = min(guard.energy_bound, guard.runaway * level.get(name, math.inf))
+        healthy = max(floor.get(name, math.inf), level.get(name, 0.0))
+        bound = min(guard.energy_bound, guard.runaway * healthy)
         if not value <= bound:  # so for NaN
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
-    return ""
 
 def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> bool:
     """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
@@ -309,7 +309,6 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise Failure(f"{path} cannot be gone on from, a part is missing or of another shape "
                           f"or device ({error!r:.80}): choose another --out") from error
-        click.echo(f"going on after update {now['updates']} of {path}")
     kept |= {"precision": settings.precision} if settings.precision != "auto" else {}
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
@@ -329,8 +328,9 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     def say(line: str) -> None:
         try:
             click.echo(line)
-        except BrokenPipeError:  # of `train | tee log` Ctrl-C ends tee first: save, then end
+        except OSError:  # of `train | tee log` Ctrl-C ends tee first; a full disk: save, then end
             interrupted.append(os.dup2(os.open(os.devnull, os.O_WRONLY), 1))
+    path.exists() and say(f"going on after update {now['updates']} of {path}")
     say(f"{settings.updates} updates in {kept['precision']}; every {settings.log_every}:")
     update, greatest = now["updates"], now["greatest"].to(device)  # 0, then one a metric
     other and save()  # also where no update is left
@@ -375,7 +375,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
                 torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             greatest, (*found, stop) = seen[:-2], seen.tolist()  # waits for the device
             found = dict(zip([*metrics, "weights"], found, strict=True))
-            reason = out_of_bounds(found, kept["good"]["level"], guard)
+            reason = out_of_bounds(found, kept["good"]["level"], floor, guard)
         stop = stop or (ranks == 1 and interrupted)
         if reason:
             rollbacks.append({"update": update, "to": kept["good"]["updates"], "why": reason})
@@ -479,7 +479,7 @@ def train(preset, settings, out, seed, change, data_dir, device):
     with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:
         sys.stdout = lock if rank else sys.stdout  # the first process alone prints
         finished = train_model(config, folder, data_dir, device, preset, change, rank, ranks)
-        click.echo(f"{config.train.updates} updates done: {path}\nnow try:\n  python cebm.py knn "
+        click.echo(f"done: {path}\nnow try:\n  python cebm.py knn "
                    f"{path}{where}\n  python cebm.py sample {path}" if finished else
                    f"interrupted; {path} is of the last good update: the same command goes on")
     sys.exit(0 if finished else 130)
@@ -506,7 +506,8 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     model, config, state = load_model(checkpoint, device)
     name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
     if (given and not hasattr(model, "posterior")) or (refine and name != "gan"):
-        raise click.UsageError(f"{'--given' if given else '--refine'} is not for {name}")
+        option = "--refine" if refine and name != "gan" else "--given"
+        raise click.UsageError(f"{option} is not for {name}")
     chain = c.step_size, c.noise_std, (generator := torch.Generator(device).manual_seed(seed))
     if given:
         originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
@@ -660,6 +661,6 @@ def show(what):
 
 if __name__ == "__main__":
     sys.excepthook = lambda kind, error, trace: (  # no traceback for want of memory
-        click.echo(f"Error: {error!s:.150}: choose smaller sizes", err=True)
-        if "memory" in str(error) else sys.__excepthook__(kind, error, trace))
+        click.echo(f"Error: {error!r:.150}: choose smaller sizes", err=True)
+        if "memory" in repr(error).lower() else sys.__excepthook__(kind, error, trace))
     main()

@@ -31,8 +31,7 @@ def normalise(images: Tensor) -> Tensor:
 
 def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
     """Images (N, C, H, W) uint8 and labels (N,) int64 of `split`, "train" or "test", or DataError.
-    A folder's images are scaled to `image_shape` (C, H, W), others checked against it; `extra` adds
-    SVHN's extra images to its training set."""
+    A folder's images are scaled to `image_shape` (C, H, W), others checked; `extra` adds SVHN's."""
     if name == "glyphs":
         images, labels = glyphs(split)
     elif name == "folder":

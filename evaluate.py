@@ -39,7 +39,7 @@ def whiten(train: Tensor, test: Tensor, damping: float = 0.03) -> tuple[Tensor, 
     """Latents (N, D), (M, D) along the principal directions of `train`, each divided by its
     deviation + `damping` of the largest one."""
     _, s, v = torch.linalg.svd((train - train.mean(0)).double(), full_matrices=False)
-    return tuple(x.double() @ (v.T / (s + damping * s[0])) for x in (train, test))
+    return tuple(x.double() @ (v.T / (s + damping * s[0] + 1e-30)) for x in (train, test))
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0) -> Tensor:
     """Softmax regression of y (N,) on x (N, D): weights (D + 1, classes), the last row the bias,
