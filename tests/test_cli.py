@@ -14,6 +14,7 @@ import weakref
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -214,6 +215,12 @@ def test_a_run_whose_output_finds_no_room_saves_and_goes_on_to_the_same_end(trai
         assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 1 + again
     assert run("train", *tiny(), "--out", tmp_path).exit_code == 0
     assert_same_run(trained, tmp_path)
+
+
+def test_a_batch_larger_than_the_buffer_is_for_models_without_chains(tmp_path):
+    cebm.compose("vae-mnist", ["batch=6000"])
+    with pytest.raises(click.UsageError, match="a slot for each chain"):
+        cebm.compose("cebm-mnist", ["batch=6000"])
 
 
 def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):

@@ -152,6 +152,12 @@ def test_whitened_latents_have_unit_variance_along_principal_directions_but_smal
     assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-9
 
 
+def test_whitened_latents_that_are_all_equal_stay_finite_and_equal():
+    a, b = evaluate.whiten(torch.full((5, 3), 0.7), torch.full((2, 3), 0.7))
+    assert a.isfinite().all()
+    torch.testing.assert_close(torch.cat([a, b]), a[:1].expand(7, 3))
+
+
 def test_drawing_under_a_seed_leaves_the_random_state_as_it_was():
     torch.manual_seed(5)
     before = torch.get_rng_state()
