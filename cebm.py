@@ -291,7 +291,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
         pixels = guard.pixels + 4 * c.noise_std * math.sqrt(max(c.steps, c.final_steps))
         floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
-    now = {"updates": 0, "level": floor, "greatest": torch.zeros(()), **run.snapshot()}
+    now = {"updates": 0, "level": {}, "greatest": torch.zeros(()), **run.snapshot()}
     kept = {"good": now, "candidate": now, "seconds": 0.0, "log": "", "rollbacks": [],
             "precision": "bfloat16" if sampling.bfloat16_pays(device) else "float32"}
     if path.exists() or change:
@@ -404,7 +404,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             now = {**now, "updates": update, "greatest": greatest, **run.snapshot()}
             if update % settings.checkpoint_every == 0:  # healthy ever since the candidate
                 top, now["greatest"] = guard.runaway, (greatest := torch.zeros_like(greatest))
-                now["level"] = {k: max(v, min(found[k], top * v)) for k, v in floor.items()}
+                now["level"] = {k: min(found[k], top * v) for k, v in floor.items()}
                 kept["good"], kept["candidate"] = kept["candidate"], now
             save()
         if stop:

@@ -216,7 +216,7 @@ def test_a_run_whose_output_finds_no_room_saves_and_goes_on_to_the_same_end(trai
     assert_same_run(trained, tmp_path)
 
 
-def test_a_batch_larger_than_the_buffer_is_for_models_without_chains(tmp_path):
+def test_a_batch_larger_than_the_buffer_is_for_models_without_chains():
     cebm.compose("vae-mnist", ["batch=6000"])
     with pytest.raises(click.UsageError, match="a slot for each chain"):
         cebm.compose("cebm-mnist", ["batch=6000"])
