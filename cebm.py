@@ -3,7 +3,6 @@
 import atexit
 import copy
 import difflib
-import errno
 import fcntl
 import importlib
 import io
@@ -128,7 +127,7 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "not a regular file")
+            raise OSError(0, "not a regular file")
         with open(draft, "wb") as file:
             file.write(content)
             file.flush()
@@ -185,8 +184,7 @@ def new_model(config, device, training=False):
         raise Failure(f"model, batch or buffer need {need / 2**30:,.0f} GiB of memory, here are "
                       f"{memory / 2**30:.0f}: choose smaller ones")
     with evaluate.seeded(config.train.seed, torch.device("cpu")):
-        model = build()
-    return model.to(device, memory_format=torch.channels_last)
+        return build().to(device, memory_format=torch.channels_last)
 
 def load_images(config, split: str, data_dir: str):
     """uint8 images and labels of the data that `config` names."""
@@ -216,7 +214,7 @@ def claimed(folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except OSError as error:
-        why = "in use by another `train`" if error.errno == errno.EAGAIN else error.strerror
+        why = "in use by another `train`" if isinstance(error, BlockingIOError) else error.strerror
         raise Failure(f"cannot write to {folder}: {why}; choose another --out") from error
 
 def changes(old: dict, new: dict) -> str:
@@ -260,10 +258,11 @@ class Run:
     def restore(self, state: dict) -> None:
         """Goes on from a snapshot, which stays as it is."""
         for name, part in self.parts.items():
-            part.load_state_dict(copy.deepcopy(state[name]))
+            part.load_state_dict(copy.deepcopy(state.get(name, state["model"])))
         self.adam.param_groups[0].update(self.adam.defaults)  # the configuration's, not the file's
         if self.buffer:
-            self.buffer.images.copy_(state["buffer"].chunk(self.ranks)[self.rank])
+            shares = state["buffer"].view(self.ranks, *self.buffer.images.shape)  # no broadcasting
+            self.buffer.images.copy_(shares[self.rank])
         self.generator.set_state(state["generators"][self.rank])
 
 def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None:
@@ -281,8 +280,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         raise click.UsageError(f"train.batch, chains.buffer: not multiples of {ranks} processes")
     run, floor, other = Run(config, device, rank, ranks), {}, ""
     model, buffer = run.model, run.buffer
-    if rank:
-        torch.distributed.barrier()  # the first process downloads
+    rank and torch.distributed.barrier()  # the first process downloads
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
     if rank == 0 and ranks > 1:
         torch.distributed.barrier()
@@ -304,6 +302,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             if (there := len(state["generators"])) != ranks:
                 raise Failure(f"{path} is of a run of {there} processes, here are {ranks}: go on "
                               f"with torchrun --nproc-per-node={there}, or choose another --out")
+            state.setdefault("average", state["model"])  # of a --change that begins one
             now, kept = ({key: state[key] for key in part} for part in (now, kept))
             run.restore(now)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -645,9 +644,10 @@ def show(what):
     """
     if what is None:
         for name, c in ((name, compose(name)) for name in PRESETS):
+            grown = f" to {c.chains.final_steps}" * (c.chains.final_steps > 0)
+            none = c.model.name.endswith(("vae", "gan", "hdge"))
             click.echo(f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
-                       f"{c.train.rate:g}, chains of {c.chains.steps}"
-                       + f" to {c.chains.final_steps}" * (c.chains.final_steps > 0))
+                       f"{c.train.rate:g}" + f", chains of {c.chains.steps}{grown}" * (not none))
     elif what in PRESETS:
         click.echo(as_yaml(asdict(compose(what))), nl=False)
     elif os.path.isfile(what):

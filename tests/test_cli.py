@@ -279,6 +279,10 @@ def test_a_change_that_the_weights_cannot_follow_is_refused_and_nothing_is_lost(
     result = run("train", *tiny("hidden=9"), "--change", "--out", tmp_path)
     assert result.exit_code == 1
     assert "cannot be gone on from" in result.stderr
+    one = tmp_path / "one"  # chain, which would do for each of four
+    run("train", *tiny("batch=1", "buffer=1", "updates=1"), "--out", one)
+    several = run("train", *tiny("batch=1", "buffer=4", "updates=2"), "--change", "--out", one)
+    assert "cannot be gone on from" in several.stderr
     other = run("train", *tiny("model.name=igebm"), "--change", "--out", tmp_path)
     assert other.exit_code == 1
     assert "model.name (cebm, now igebm)" in other.stderr
@@ -348,6 +352,24 @@ def test_an_average_that_the_run_no_longer_keeps_is_not_what_is_evaluated(traine
     torch.save(state, tmp_path / "ckpt.pt")
     loaded = cebm.load_model(tmp_path / "ckpt.pt")[0].state_dict()
     same(dict(loaded), dict(state["model"]), "weights")
+
+
+def test_an_average_begun_by_a_change_starts_from_the_weights_also_after_a_rollback(
+        tmp_path, monkeypatch):
+    plain, averaged = (tiny("decay=none", "updates=8", f"average={a}") for a in (0, 0.75))
+    run("train", *plain, "--out", tmp_path)
+    eighth = cebm.load_checkpoint(tmp_path / "ckpt.pt")["model"]
+    more = (*averaged, "--set", "updates=9", "--out", tmp_path)
+    assert run("train", *more, "--change").exit_code == 0
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
+    for name, value in state["average"].items():
+        torch.testing.assert_close(value, 0.75 * eighth[name] + 0.25 * state["model"][name])
+    poisoned_once(monkeypatch, 2)  # update 11, before a checkpoint that has an average is good
+    result = run("train", *more, "--set", "updates=12")
+    assert result.exit_code == 0, result.stderr
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
+    assert [r["to"] for r in state["rollbacks"]] == [4]
+    assert any(not torch.equal(v, state["model"][k]) for k, v in state["average"].items())
 
 
 def test_a_second_train_in_the_same_folder_is_refused(tmp_path):
@@ -851,6 +873,9 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     for name in listed:
         printed = yaml.safe_load(run("show", name).stdout)
         assert cebm.parse_config(printed) == cebm.compose(name)
+    without = {line.split()[0] for line in run("show").stdout.splitlines() if "chains" not in line}
+    assert {cebm.compose(name).model.name for name in without} == {
+        "vae", "gmm-vae", "bigan", "gmm-bigan", "gan", "hdge"}
     facts = yaml.safe_load(run("show", trained / "ckpt.pt").stdout)
     assert (facts["preset"], facts["updates"], facts["seed"]) == ("quickstart", 24, 0)
     assert facts["torch"] == str(torch.__version__)
