@@ -31,9 +31,10 @@ class Lazy:
 
 def _tree(model: str, source: str, overrides: dict) -> dict:
     """The sections of a preset: recipes.common, then what the model, its data and trunk set."""
-    kind, images = BOOK["models"][model], dict(BOOK["data"][source])
+    kind = BOOK["models"].get(str(overrides.get("model.name")), BOOK["models"][model])
+    images = dict(BOOK["data"].get(str(overrides.get("data.name")), BOOK["data"][source]))
     shape, recipe = BOOK["trunks"][images.pop("trunk")], BOOK["recipes"][kind["recipe"]]
-    tree = {section: v | recipe.get(section, {}) for section, v in COMMON.items()}
+    tree = {section: COMMON[section] | recipe.get(section, {}) for section in COMMON | recipe}
     tree["data"] |= {"name": source, **images}
     tree["model"] |= {"name": model, **shape, **kind["set"]}
     for key, value in overrides.items():
@@ -97,7 +98,7 @@ def parse_config(tree) -> Config:
     if min(image[1:]) < 8 or (draws and image[1:] not in ([28, 28], [32, 32])):
         wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
         raise click.UsageError(f"data.image = {image}: {name} is for images of {wanted} pixels")
-    if config.train.batch > config.chains.buffer and not draws:
+    if config.train.batch > config.chains.buffer and not (draws or name == "hdge"):
         raise click.UsageError(f"train.batch = {config.train.batch} must not exceed chains.buffer "
                                f"= {config.chains.buffer}, a slot for each chain")
     return config
@@ -114,7 +115,7 @@ def compose(preset: str, settings=()) -> Config:
             raise click.UsageError(f"--set {setting}: {key!r} {why}")
         try:
             chosen[matches[0]] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError):  # the latter of dates
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError of dates
             raise click.UsageError(f"--set {setting}: {text!r} is not a YAML value") from None
     if preset not in PRESETS:
         raise click.UsageError(f"no preset {preset!r}{_nearest(preset, PRESETS)}")
@@ -221,8 +222,8 @@ def changes(old: dict, new: dict) -> str:
     """What differs between two configurations, but for a longer run where nothing depends on it."""
     differing = {f"{section}.{k}": f"({old[section][k]}, now {v})" for section, part in new.items()
                  for k, v in part.items() if old[section][k] != v and k != "compile"}
-    fixed = new["train"]["decay"] == "none" and not new["chains"]["final_steps"]
-    if fixed and old["train"]["updates"] < new["train"]["updates"]:
+    flat = all(c["train"]["decay"] == "none" and not c["chains"]["final_steps"] for c in (old, new))
+    if flat and old["train"]["updates"] < new["train"]["updates"]:
         del differing["train.updates"]
     return ", ".join(f"{k} {how}" for k, how in differing.items())
 
@@ -282,8 +283,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     model, buffer = run.model, run.buffer
     rank and torch.distributed.barrier()  # the first process downloads
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
-    if rank == 0 and ranks > 1:
-        torch.distributed.barrier()
+    rank < 1 < ranks and torch.distributed.barrier()
     if len(images) < settings.batch:
         raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
     if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
@@ -303,6 +303,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
                 raise Failure(f"{path} is of a run of {there} processes, here are {ranks}: go on "
                               f"with torchrun --nproc-per-node={there}, or choose another --out")
             state.setdefault("average", state["model"])  # of a --change that begins one
+            "train.precision" in other and state.update(precision=kept["precision"])  # if auto now
             now, kept = ({key: state[key] for key in part} for part in (now, kept))
             run.restore(now)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -364,7 +365,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         metrics = {k: v.detach() for k, v in {"loss": loss, **metrics, **ends}.items()}
         greatest = torch.maximum(torch.stack(list(metrics.values())).abs(), greatest)
         kept["seconds"] = begun + time.monotonic() - started
-        last, reason, stop = update == settings.updates, "", 0
+        last, reason, stop, old = update == settings.updates, "", 0, kept["good"]
         keep = last or update % settings.checkpoint_every == 0
         if keep or update % guard.every == 0:
             weights = torch.nn.utils.get_total_norm(model.parameters()).detach()
@@ -376,8 +377,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             found = dict(zip([*metrics, "weights"], found, strict=True))
             reason = out_of_bounds(found, kept["good"]["level"], floor, guard)
         stop = stop or (ranks == 1 and interrupted)
-        if reason:
-            rollbacks.append({"update": update, "to": kept["good"]["updates"], "why": reason})
+        reason and rollbacks.append({"update": update, "to": old["updates"], "why": reason})
         if update % settings.log_every == 0 or last or reason:
             row = {"update": update, **{k: v.item() for k, v in metrics.items()},
                    "rollbacks": len(rollbacks), "seconds": round(kept["seconds"], 1),
@@ -387,9 +387,9 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             write(folder / "log.csv", kept["log"].encode())
             say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
         if reason:
-            run.restore(kept["good"])
+            run.restore(old)
             torch.manual_seed(settings.seed + len(rollbacks) + 1_000_003 * rank)
-            now = kept["good"] = kept["candidate"] = {**kept["good"], **run.snapshot()}
+            now = kept["good"] = kept["candidate"] = {k: old.get(k) for k in now} | run.snapshot()
             say(f"update {update}: {reason}; back to update {now['updates']}")
             update, greatest = now["updates"], torch.zeros_like(greatest)
             save()
@@ -535,7 +535,7 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     click.echo(out)
 
 @table_command
-@click.option("--limit", type=click.IntRange(1), help="Only the first N training images.")
+@click.option("--limit", type=click.IntRange(1), help="At most N training images, evenly spaced.")
 @click.option("--plot", type=OUT, help="The last CKPT's confusion matrix as a PNG.")
 @click.option("--whiten", is_flag=True, help="Bring latents' principal directions to one scale.")
 def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
@@ -545,14 +545,14 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
 
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
-    row, untrained, classes = {}, new_model(config, device).eval(), config.data.classes
-    spaces = {"latent": model.represent, "untrained": untrained.represent,
+    row, classes, step = {}, config.data.classes, -(-len(train[1]) // (limit or len(train[1])))
+    spaces = {"latent": model.represent, "untrained": new_model(config, device).eval().represent,
               "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round()}
     for space, represent in spaces.items():
-        a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][:limit], test[0]))
+        a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][::step], test[0]))
         if whiten and space != "pixel":
             a, b = evaluate.whiten(a, b)
-        predicted = train[1][evaluate.nearest(a, b).cpu()]
+        predicted = train[1][::step][evaluate.nearest(a, b).cpu()]
         row[space] = round(100 * (predicted == test[1]).double().mean().item(), 2)
         if space == "latent":
             counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
@@ -570,7 +570,7 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
 def probe(model, config, train, test, data_dir, device, scale):
     """Test accuracy of logistic regression on the latents, in percent.
 
-    With 1, 10, 100 and all labels a class; the mean and deviation of ten draws of the labels.
+    With 1, 10, 100 (if there are as many) and all labels a class; mean and deviation of ten draws.
 
     Example: python cebm.py probe runs/quickstart/ckpt.pt
     """
@@ -578,7 +578,7 @@ def probe(model, config, train, test, data_dir, device, scale):
     if scale:  # the penalty bears harder on small latents
         a, b = ((x - a.mean(0)) / a.var(0).mean().sqrt().clamp(min=1e-30) for x in (a, b))
     scores = {n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
-              for n in (1, 10, 100, None)}
+              for n in (1, 10, 100, None) if (n or 0) <= train[1].bincount().min()}
     return {f"{n or 'all'}{what}": round(score, 2) for n, pair in scores.items()
             for what, score in zip(("", " std"), pair, strict=True)}
 
@@ -660,7 +660,7 @@ def show(what):
         raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, PRESETS)}")
 
 if __name__ == "__main__":
-    sys.excepthook = lambda kind, error, trace: (  # no traceback for want of memory
-        click.echo(f"Error: {error!r:.150}: choose smaller sizes", err=True)
-        if "memory" in repr(error).lower() else sys.__excepthook__(kind, error, trace))
+    sys.excepthook = lambda kind, error, trace: (  # no traceback for want of memory or disk
+        click.echo(f"Error: {error!r:.150}", err=True) if isinstance(error, OSError)
+        or "memory" in repr(error).lower() else sys.__excepthook__(kind, error, trace))
     main()

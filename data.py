@@ -92,7 +92,7 @@ def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
                     raise ValueError("more than 8 bits a pixel")
                 picture = picture.convert("L" if channels == 1 else "RGB")
                 pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises whatever the damage happens to provoke
             raise DataError(f"{path} cannot be read ({error}): replace or delete it") from error
         image.copy_(torch.from_numpy(pixels).view(height, width, channels).permute(2, 0, 1))
     return images, torch.tensor(found.targets)

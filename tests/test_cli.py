@@ -217,7 +217,8 @@ def test_a_run_whose_output_finds_no_room_saves_and_goes_on_to_the_same_end(trai
 
 
 def test_a_batch_larger_than_the_buffer_is_for_models_without_chains():
-    cebm.compose("vae-mnist", ["batch=6000"])
+    for preset in ("vae-mnist", "hdge-mnist"):
+        cebm.compose(preset, ["batch=6000"])
     with pytest.raises(click.UsageError, match="a slot for each chain"):
         cebm.compose("cebm-mnist", ["batch=6000"])
 
@@ -259,7 +260,12 @@ def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
     assert (group["betas"], group["eps"]) == ((0.5, 0.999), 1e-4)
     assert (state["updates"], state["precision"]) == (24, "bfloat16")
     assert "; from update 16 on chains.steps (2, now 3), train.beta1 (0." in state["preset"]
-    more = (*more, "represent=mixture")  # with no update left
+    for precision in ("float32", "auto"):
+        assert run("train", *changed, *tiny(*more, f"precision={precision}"), "--change",
+                   "--out", folder).exit_code == 0
+    best = "bfloat16" if cebm.sampling.bfloat16_pays(torch.device("cpu")) else "float32"
+    assert cebm.load_checkpoint(folder / "ckpt.pt")["precision"] == best
+    more = (*more, "precision=auto", "represent=mixture")  # with no update left
     assert run("train", *changed, *tiny(*more), "--change", "--out", folder).exit_code == 0
     state = cebm.load_checkpoint(folder / "ckpt.pt")
     assert state["preset"].endswith("; from update 24 on model.represent (component, now mixture)")
@@ -370,6 +376,19 @@ def test_an_average_begun_by_a_change_starts_from_the_weights_also_after_a_rollb
     state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
     assert [r["to"] for r in state["rollbacks"]] == [4]
     assert any(not torch.equal(v, state["model"][k]) for k, v in state["average"].items())
+
+
+def test_an_average_that_was_ended_does_not_come_back_by_a_rollback(tmp_path, monkeypatch):
+    folder = ("--out", tmp_path)
+    run("train", *tiny("decay=none", "updates=8", "average=0.9"), *folder)
+    poisoned_once(monkeypatch, 2)  # update 10, so that it goes back to 4, where there was one
+    run("train", *tiny("decay=none", "updates=24", "average=0"), *folder, "--change")
+    last = cebm.load_checkpoint(tmp_path / "ckpt.pt")["model"]
+    run("train", *tiny("decay=none", "updates=25", "average=0.75"), *folder, "--change")
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
+    assert [r["to"] for r in state["rollbacks"]] == [4]
+    for name, value in state["average"].items():
+        torch.testing.assert_close(value, 0.75 * last[name] + 0.25 * state["model"][name])
 
 
 def test_a_second_train_in_the_same_folder_is_refused(tmp_path):
@@ -927,6 +946,23 @@ VALUES = st.recursive(
     max_leaves=6)
 
 
+def test_another_name_of_the_model_or_the_data_brings_its_recipe():
+    for preset, name in (("cebm-mnist", "gmm-cebm"), ("cebm-fmnist", "vae"), ("vae-mnist", "cebm")):
+        other = f"{name}-{preset.split('-')[1]}"
+        assert cebm.compose(preset, [f"model.name={name}"]) == cebm.compose(other)
+    assert cebm.compose("cebm-cifar10", ["data.name=svhn"]) == cebm.compose("cebm-svhn")
+    assert cebm.compose("cebm-mnist", ["model.name=vae", "l2=1"]).model.l2 == 1
+
+
+def test_a_table_that_finds_no_room_is_an_error_in_a_line(trained):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, ROOT / "cebm.py", "show"], stdout=full,
+                                stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert "No space left" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(KEYS), VALUES)
 def test_any_value_of_any_key_gives_a_configuration_or_an_error_naming_the_key(key, value):
@@ -1048,7 +1084,7 @@ def test_pictures_go_only_where_a_file_can_be(trained, tmp_path, monkeypatch, ou
                                     ("limits:", "limit:"), ("of: {cebm-fmnist:", "of: {cebm-f:"),
                                     ("common:", "commons:"), ("{trunk: small}", "{trunk: smal}"),
                                     ("data:", "data: ["), ("    reuse: [", "    reuze: ["),
-                                    ("reuse: 0.99", "reuse: 9.9")])
+                                    ("reuse: 0.99", "reuse: 9.9"), ("pcd: {}", "pcd: {trian: {}}")])
 def test_a_misspelt_configs_yaml_is_named_in_a_line(tmp_path, change):
     (tmp_path / "cebm.py").write_text((ROOT / "cebm.py").read_text())
     text = (ROOT / "configs.yaml").read_text()
@@ -1096,6 +1132,12 @@ def test_a_folder_of_images_trains_and_is_evaluated(tmp_path):
     assert result.exit_code == 0, result.stderr
     result = run("knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json")
     assert len(json.loads(result.stdout)[0]["confusion"]) == 2
+    few = run("knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json",
+              "--limit", 4)
+    assert json.loads(few.stdout)[0]["pixel"] == 100  # two of each class, though files are sorted
+    row = json.loads(run("probe", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images",
+                         "--json").stdout)[0]
+    assert [key for key in row if key.isdigit()] == ["1", "10"]  # there are ten a class
     (tmp_path / "images/train/dark/3.png").write_bytes(b"no picture")
     assert "dark/3.png cannot be read" in run("train", *arguments, *chosen).stderr
 

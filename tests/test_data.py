@@ -171,6 +171,13 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     truncated.write_bytes(truncated.read_bytes()[:60])
     with pytest.raises(data.DataError, match=r"train/dog/0\.png cannot be read"):
         data.load("folder", "train", str(tmp_path), shape)
+    pixels = np.zeros((24, 24), np.uint8)
+    Image.fromarray(pixels).save(picture := tmp_path / "train/cat/1.tif")
+    flipped = picture.read_bytes().replace(b"\x11\x01\x04\0", b"\x11\x01\x0c\0")  # a float offset
+    picture.write_bytes(flipped)
+    truncated.unlink()
+    with pytest.raises(data.DataError, match=r"train/cat/1\.tif cannot be read"):
+        data.load("folder", "train", str(tmp_path), shape)
     (tmp_path / "test/emu").mkdir()
     with pytest.raises(data.DataError, match="emu"):
         data.load("folder", "test", str(tmp_path), shape)
