@@ -72,6 +72,7 @@ def _checked(key: str, value, like, limit):
 torch, np, data, evaluate, models, sampling = map(
     Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
 FORMAT = 7  # of the checkpoint; another number is refused
+CHAINLESS = "vae", "gan", "hdge"  # how the names of models without chains end
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
@@ -98,7 +99,7 @@ def parse_config(tree) -> Config:
     if min(image[1:]) < 8 or (draws and image[1:] not in ([28, 28], [32, 32])):
         wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
         raise click.UsageError(f"data.image = {image}: {name} is for images of {wanted} pixels")
-    if config.train.batch > config.chains.buffer and not (draws or name == "hdge"):
+    if config.train.batch > config.chains.buffer and not name.endswith(CHAINLESS):
         raise click.UsageError(f"train.batch = {config.train.batch} must not exceed chains.buffer "
                                f"= {config.chains.buffer}, a slot for each chain")
     return config
@@ -119,8 +120,7 @@ def compose(preset: str, settings=()) -> Config:
             raise click.UsageError(f"--set {setting}: {text!r} is not a YAML value") from None
     if preset not in PRESETS:
         raise click.UsageError(f"no preset {preset!r}{_nearest(preset, PRESETS)}")
-    model, source, overrides = PRESETS[preset]
-    return parse_config(_tree(model, source, overrides | chosen))
+    return parse_config(_tree(*PRESETS[preset][:2], PRESETS[preset][2] | chosen))
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces `path`, in a folder made if absent; a crash leaves the old or the new, whole."""
@@ -375,7 +375,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
                 torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             greatest, (*found, stop) = seen[:-2], seen.tolist()  # waits for the device
             found = dict(zip([*metrics, "weights"], found, strict=True))
-            reason = out_of_bounds(found, kept["good"]["level"], floor, guard)
+            reason = out_of_bounds(found, old["level"], floor, guard)
         stop = stop or (ranks == 1 and interrupted)
         reason and rollbacks.append({"update": update, "to": old["updates"], "why": reason})
         if update % settings.log_every == 0 or last or reason:
@@ -645,7 +645,7 @@ def show(what):
     if what is None:
         for name, c in ((name, compose(name)) for name in PRESETS):
             grown = f" to {c.chains.final_steps}" * (c.chains.final_steps > 0)
-            none = c.model.name.endswith(("vae", "gan", "hdge"))
+            none = c.model.name.endswith(CHAINLESS)
             click.echo(f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
                        f"{c.train.rate:g}" + f", chains of {c.chains.steps}{grown}" * (not none))
     elif what in PRESETS:
