@@ -280,7 +280,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     if settings.batch % ranks or c.buffer % ranks:
         raise click.UsageError(f"train.batch, chains.buffer: not multiples of {ranks} processes")
     run, floor, other = Run(config, device, rank, ranks), {}, ""
-    model, buffer = run.model, run.buffer
+    model, buffer, cuda = run.model, run.buffer, device.type == "cuda"
     rank and torch.distributed.barrier()  # the first process downloads
     images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
     rank < 1 < ranks and torch.distributed.barrier()
@@ -315,9 +315,25 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
     mover = lru_cache(1)(lambda steps: sampling.mover(
         model, model.energy, steps, c.step_size, c.noise_std, run.generator,
-        device.type == "cuda", settings.compile, bfloat16=bfloat16, bound=c.bound))
+        cuda, settings.compile, bfloat16=bfloat16, bound=c.bound))
+    def learn(rate, x, y, *chains):  # moves the weights and their average: figures of `names`
+        run.adam.param_groups[0].update(lr=rate, capturable=cuda)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss, metrics = run.loss(x, y, *chains or [None])
+        run.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        run.adam.step()
+        if "average" in run.parts:  # an exponential one
+            states = (part.state_dict().values() for part in (run.parts["average"], model))
+            for mean, value in zip(*states, strict=True):
+                mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
+        metrics |= {f"pixel_{end}": getattr(x, end)() for x in chains for end in ("min", "max")}
+        names[:] = "loss", *metrics
+        return torch.stack([loss, *metrics.values()]).detach()
+    learner = lru_cache(1)(lambda rollbacks:  # the optimiser's state is another after each
+                           sampling.Graph([learn], run.generator) if cuda and ranks == 1 else learn)
     draws = settings.pictures if buffer or hasattr(model, "generate") else 0
-    started, made, interrupted = time.monotonic(), 0, []
+    started, made, interrupted, names, share = time.monotonic(), 0, [], [], 1 - settings.average
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
         signal.signal(number, lambda *_: interrupted.append(1))
     def save() -> None:
@@ -343,27 +359,16 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
         chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
         rate = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
-        run.adam.param_groups[0]["lr"] = rate
         x = data.normalise(images[chosen]).contiguous(memory_format=torch.channels_last)
         x += config.data.noise_std * torch.randn(x.shape, generator=run.generator, device=device)
-        chains, ends = None, {}
+        inputs = [torch.full((), rate, device=device) if cuda else rate, x, labels[chosen]]
         if buffer:
             slots, chains = buffer.draw(x)
             steps = c.steps * ((c.final_steps or c.steps) / c.steps) ** (update / settings.updates)
             buffer.images[slots] = chains = mover(round(steps))(chains)
-            ends = {"pixel_min": chains.min(), "pixel_max": chains.max()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss, metrics = run.loss(x, labels[chosen], chains)
-        run.adam.zero_grad(set_to_none=True)
-        loss.backward()
-        run.adam.step()
-        if "average" in run.parts:  # an exponential one, without waiting for the device
-            share = 1 - settings.average * (update > 1)
-            states = (part.state_dict().values() for part in (run.parts["average"], model))
-            for mean, value in zip(*states, strict=True):
-                mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
-        metrics = {k: v.detach() for k, v in {"loss": loss, **metrics, **ends}.items()}
-        greatest = torch.maximum(torch.stack(list(metrics.values())).abs(), greatest)
+            inputs.append(chains)
+        figures = learner(len(rollbacks))(*inputs)  # (names,)
+        greatest = torch.maximum(figures.abs(), greatest)
         kept["seconds"] = begun + time.monotonic() - started
         last, reason, stop, old = update == settings.updates, "", 0, kept["good"]
         keep = last or update % settings.checkpoint_every == 0
@@ -374,15 +379,15 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             if ranks > 1:
                 torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
             greatest, (*found, stop) = seen[:-2], seen.tolist()  # waits for the device
-            found = dict(zip([*metrics, "weights"], found, strict=True))
+            found = dict(zip([*names, "weights"], found, strict=True))
             reason = out_of_bounds(found, old["level"], floor, guard)
         stop = stop or (ranks == 1 and interrupted)
         reason and rollbacks.append({"update": update, "to": old["updates"], "why": reason})
         if update % settings.log_every == 0 or last or reason:
-            row = {"update": update, **{k: v.item() for k, v in metrics.items()},
+            row = {"update": update, **dict(zip(names, figures.tolist(), strict=True)),
                    "rollbacks": len(rollbacks), "seconds": round(kept["seconds"], 1),
                    "updates_per_second": round(made / (kept["seconds"] - begun), 3)}
-            kept["log"] += "" if kept["log"] else ",".join(row) + "\n"
+            kept["log"] = kept["log"] or ",".join(row) + "\n"
             kept["log"] += ",".join(map(str, row.values())) + "\n"
             write(folder / "log.csv", kept["log"].encode())
             say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))

@@ -65,8 +65,7 @@ def probe(train, train_y, test, test_y, classes: int, per_class: int | None, dra
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(draw))
         chosen = torch.cat([order[train_y[order] == k][:per_class] for k in range(classes)])
         w = logistic_regression(train[chosen], train_y[chosen], classes)
-        predicted = (test.double() @ w[:-1] + w[-1]).argmax(1)
-        scores.append(100 * (predicted == test_y).double().mean())
+        scores.append(100 * ((test.double() @ w[:-1] + w[-1]).argmax(1) == test_y).double().mean())
     return torch.stack(scores).mean().item(), torch.stack(scores).std(correction=0).item()
 
 def auroc(inside: Tensor, outside: Tensor) -> float:

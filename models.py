@@ -1,10 +1,10 @@
 """Every model of the supplement's Table 4, on the networks of its Tables 5 to 8.
 
-Each is an unnormalised density p(x) proportional to exp(-E(x)): low energy is likely, chains
-descend E. Natural parameters `lam` and statistics `t` are tensors (..., S, D), S statistics for
-each of D latent dimensions: a posterior's parameters are `lam + t(x)`. Shapes: images x (B, C, H,
-W) in [-1, 1], latents z (B, D), labels y (B,), energies (B,), at least float32. A `loss` is a
-scalar and its parts for the log; `chain` says how its `chains` move, None that it has none.
+p(x) is proportional to exp(-E(x)): low energy is likely, chains descend E. Natural parameters `lam`
+and statistics `t` are tensors (..., S, D), S statistics for each of D latent dimensions: a
+posterior's parameters are `lam + t(x)`. Images x (B, C, H, W) in [-1, 1], latents z (B, D), labels
+y (B,), energies (B,), at least float32. A `loss` is a scalar and its parts for the log; `chain`
+says how its `chains` move, None that it has none.
 """
 
 import math
@@ -246,7 +246,7 @@ class Conjugate(nn.Module):
     def energy(self, x: Tensor) -> Tensor:
         """E(x) = -log sum_k pi_k exp(A(lam_k + t(x)) - A(lam_k)), exact: (B, C, H, W) -> (B,)."""
         t, alone = self.t(x)
-        return -self.prior.log_joint(t).logsumexp(1) - alone
+        return -(a.logsumexp(1) if (a := self.prior.log_joint(t)).shape[1] > 1 else a[:, 0]) - alone
 
     def posterior(self, x: Tensor) -> td.Distribution:
         """p(z | x), of natural parameters lam + t(x): batch (B,), event (D,)."""

@@ -1,8 +1,7 @@
 """Langevin dynamics on an energy (chains descend E), block Gibbs and the replay buffer.
 
-`langevin` is the reference; `fast_langevin` is the same chain with frozen parameters, channels-last
-memory and, where the hardware has it, bfloat16; on a GPU it is compiled and one graph, `Graph`.
-Chains are images (B, C, H, W) of [-1, 1] pixels.
+`langevin` is the reference, `fast_langevin` the same chain with frozen parameters, channels-last
+memory and, where it pays, bfloat16; on a GPU compiled and one `Graph`. Chains are (B, C, H, W).
 """
 
 import ctypes
@@ -17,9 +16,9 @@ def langevin(energy, x: Tensor, steps, step_size, noise_std, generator=None, bou
     """x (B, ...) <- x - step_size dE/dx + noise_std N(0, I), in +-bound if > 0, `steps` times."""
     for _ in range(steps):
         x = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(energy(x).sum(), x)
+        (gradient,) = torch.autograd.grad(energy(x), x, x.new_ones(len(x)))
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = x.detach() - step_size * gradient + noise_std * noise
+        x = torch.sub(x.detach(), gradient, alpha=step_size).add_(noise, alpha=noise_std)
         x = x.clamp_(-bound, bound) if bound else x
     return x.detach()
 
@@ -53,38 +52,35 @@ def fast_langevin(module: nn.Module, energy, steps, step_size, noise_std, genera
             p.requires_grad_(True)
 
 class Graph:
-    """Moves chains by the first of `ways` that can be recorded as a CUDA graph, launched whole from
-    then on; it reads the weights as they are then. By the last if none can; warnings say why."""
+    """A function of tensors to one: the first of `ways` that can be recorded as a CUDA graph, at
+    the fourth call, and launched whole from then on; if none can, the last; warnings say why."""
     def __init__(self, ways: list, generator: torch.Generator):
         self.ways, self.plain, self.generator, self.graph = ways, ways[-1], generator, None
+        self.calls = 0
 
-    def record(self, move, x: Tensor) -> None:
-        """Three moves in a stream of their own, as capture asks for, then the recording."""
-        self.start, state, stream = x.clone(), self.generator.get_state(), torch.cuda.Stream()
-        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(before)
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    move(self.start)
-            before.wait_stream(stream)
-            graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
-                self.end = move(self.start)
-        finally:  # also when the capture fails
-            torch.cuda.set_stream(before)
-            self.generator.set_state(state)
-        self.graph = graph
-
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         while self.ways and not self.graph:
             try:
-                self.record(self.ways.pop(0), x)
+                with torch.cuda.stream(before := torch.cuda.current_stream()):  # also when it fails
+                    if self.calls < 3:  # aside, as capture asks for
+                        (aside := torch.cuda.Stream()).wait_stream(before)
+                        with torch.cuda.stream(aside):
+                            end = self.ways[0](*inputs)
+                        before.wait_stream(aside)
+                        self.calls += 1
+                        return end
+                    self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+                    graph.register_generator_state(self.generator)
+                    with torch.cuda.graph(graph):
+                        self.end = self.ways[0](*self.inputs)
+                    self.graph = graph
             except Exception as error:  # a compiler raises any kind
-                warnings.warn(f"chains move slower: {error!s:.80}", stacklevel=2)
+                warnings.warn(f"updates are slower: {error!s:.80}", stacklevel=2)
+                self.ways, self.calls = self.ways[1:], 0
         if not self.graph:
-            return self.plain(x)
-        self.start.copy_(x)
+            return self.plain(*inputs)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
         self.graph.replay()
         return self.end.clone()
 
@@ -92,10 +88,10 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     """A function that moves chains (B, C, H, W) on: the model's Gibbs or `fast_langevin`, `how`."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
-    options = {"dynamic": False, "options": {"force_pointwise_cat": True}}  # one kernel for patches
-    plain, fast = (partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
-                   for e in (energy, lambda x: torch.compile(energy, **options)(x)))
-    return Graph([fast, plain] if compile else [plain], generator) if graph else plain
+    options = {"dynamic": False, "options": {"force_pointwise_cat": True, "combo_kernels": True}}
+    ways = [partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
+            for e in (lambda x: torch.compile(energy, **options)(x), energy)]
+    return Graph(ways[not compile:], generator) if graph else ways[1]
 
 class ReplayBuffer:
     """Chains `images` that persist over updates. They start uniform on [-1, 1], anew with chance
