@@ -88,9 +88,9 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     """A function that moves chains (B, C, H, W) on: the model's Gibbs or `fast_langevin`, `how`."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
-    options = {"dynamic": False, "options": {"force_pointwise_cat": True, "combo_kernels": True}}
+    options = {"force_pointwise_cat": True, "combo_kernels": True}  # fewer kernels
     ways = [partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
-            for e in (lambda x: torch.compile(energy, **options)(x), energy)]
+            for e in (lambda x: torch.compile(energy, dynamic=False, options=options)(x), energy)]
     return Graph(ways[not compile:], generator) if graph else ways[1]
 
 class ReplayBuffer:
