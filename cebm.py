@@ -313,9 +313,8 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
-    mover = lru_cache(1)(lambda steps: sampling.mover(
-        model, model.energy, steps, c.step_size, c.noise_std, run.generator,
-        cuda, settings.compile, bfloat16=bfloat16, bound=c.bound))
+    mover = lru_cache(1)(lambda steps: sampling.mover(model, model.energy, steps, c.step_size,
+        c.noise_std, run.generator, cuda, settings.compile, bfloat16=bfloat16, bound=c.bound))
     def learn(rate, x, y, *chains):  # moves the weights and their average: figures of `names`
         run.adam.param_groups[0].update(lr=rate, capturable=cuda)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):

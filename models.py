@@ -278,8 +278,8 @@ class EnergyNetwork(nn.Module):
         self.head = nn.Linear(config.latent, 1 if config.name == "igebm" else num_classes)
 
     def represent(self, x: Tensor) -> Tensor:
-        """The last hidden layer, 128 features in Table 6: (B, C, H, W) -> (B, D)."""
-        return self.features(x)
+        """The last hidden layer of Table 6 before its Swish, as in the authors' code: -> (B, D)."""
+        return self.features[0](x)
 
     def f(self, x: Tensor) -> Tensor:
         """The network's outputs, a classifier's logits: (B, C, H, W) -> (B, 1 or classes)."""

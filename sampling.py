@@ -55,11 +55,10 @@ class Graph:
     """A function of tensors to one: the first of `ways` that can be recorded as a CUDA graph, at
     the fourth call, and launched whole from then on; if none can, the last; warnings say why."""
     def __init__(self, ways: list, generator: torch.Generator):
-        self.ways, self.plain, self.generator, self.graph = ways, ways[-1], generator, None
-        self.calls = 0
+        self.ways, self.plain, self.generator, self.calls = ways, ways[-1], generator, 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        while self.ways and not self.graph:
+        while self.ways and self.calls < 4:
             try:
                 with torch.cuda.stream(before := torch.cuda.current_stream()):  # also when it fails
                     if self.calls < 3:  # aside, as capture asks for
@@ -70,14 +69,16 @@ class Graph:
                         self.calls += 1
                         return end
                     self.inputs, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-                    graph.register_generator_state(self.generator)
+                    torch.__version__ < (2, 14) and graph.register_generator_state(self.generator)
                     with torch.cuda.graph(graph):
                         self.end = self.ways[0](*self.inputs)
-                    self.graph = graph
+                    self.graph, self.calls = graph, 4
             except Exception as error:  # a compiler raises any kind
+                if self.calls < 3 and len(self.ways) == 1 and torch.cuda.is_available():
+                    raise  # no failure to record
                 warnings.warn(f"updates are slower: {error!s:.80}", stacklevel=2)
                 self.ways, self.calls = self.ways[1:], 0
-        if not self.graph:
+        if self.calls < 4:
             return self.plain(*inputs)
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)

@@ -4,7 +4,7 @@
 
 `naive` is the loop of the public code bases: float32, contiguous, parameters that ask for
 gradients, `autograd.grad` a step. `reference` is `sampling.langevin`, `float32` and `bfloat16` are
-what `train` runs with either precision (on a GPU compiled, as one CUDA graph). The matrix rate is
+what `train` runs with either precision (on a GPU compiled, and as CUDA graphs). The matrix rate is
 that of a 2048 x 2048 product in the same precision, in turn with the rest.
 """
 

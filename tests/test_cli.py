@@ -33,6 +33,14 @@ TINY = ["channels=[4, 4, 4, 4]", "hidden=8", "latent=4", "steps=2", "batch=16", 
         "warmup=5", "average=0.5"]
 
 
+@pytest.fixture(autouse=True)
+def without_a_gpu(request, monkeypatch):
+    """Tests of the CPU, which alone promises equal bits, but for those named after a GPU."""
+    if "gpu" not in request.node.name:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of other processes
+
+
 def tiny(*extra):
     return [part for setting in [*TINY, *extra] for part in ("--set", setting)]
 
@@ -858,6 +866,35 @@ def test_no_update_waits_for_the_gpu_between_two_checks(tmp_path, monkeypatch, c
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("error:updates are")
+def test_on_a_gpu_recorded_updates_are_the_plain_ones_also_after_a_rollback(tmp_path, monkeypatch):
+    import sampling
+    settings = tiny("updates=16", "checkpoint_every=2", "every=1", "decay=cosine", "warmup=0",
+                    "rate=1e-2", "epsilon=1e-3", "compile=false")
+    states, bounds = [], cebm.out_of_bounds
+    for name, recorded in ("recorded", True), ("plain", False):
+        checks = []
+
+        def once(*arguments, checks=checks):
+            checks.append(1)
+            return "as if" if len(checks) == 9 else bounds(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cebm, "out_of_bounds", once)
+            if not recorded:
+                patch.setattr(sampling, "Graph", lambda ways, generator: ways[-1])
+            assert run("train", *settings, "--out", tmp_path / name).exit_code == 0
+        states.append(cebm.load_checkpoint(tmp_path / name / "ckpt.pt"))
+        assert len(states[-1]["rollbacks"]) == 1
+    untrained = cebm.new_model(cebm.parse_config(states[0]["config"]), "cpu").state_dict()
+    for part in ("model", "average"):
+        for name, value in states[0][part].items():
+            torch.testing.assert_close(value, states[1][part][name], atol=1e-3, rtol=0)
+            if value.is_floating_point() and name.endswith("weight"):
+                assert (value - untrained[name]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("preset", ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist", "rbm-mnist",

@@ -313,6 +313,8 @@ def test_igebm_jem_and_hdge_are_one_network_read_as_table_4_says():
     x, y = torch.rand(6, 1, 28, 28) * 2 - 1, torch.tensor([3, 1, 4, 1, 5, 9])
     igebm, jem, hdge = (build(n) for n in ("igebm", "jem", "hdge"))
     torch.testing.assert_close(igebm.energy(x), -igebm.f(x)[:, 0])
+    swish = torch.nn.functional.silu(igebm.represent(x))  # latents come before it
+    torch.testing.assert_close(igebm.energy(x), -igebm.head(swish)[:, 0])
     f, chains = jem.f(x), -x
     torch.testing.assert_close(jem.energy(x), -f.exp().sum(1).log())
     log_p = f - torch.log(f.exp().sum(1, keepdim=True))
