@@ -393,8 +393,8 @@ class GAN(nn.Module):
             upconvolutions(image_shape, config.latent, GENERATOR, normalise=True), nn.Tanh())
 
     def represent(self, x: Tensor) -> Tensor:
-        """The discriminator's last hidden layer: (B, C, H, W) -> (B, 128)."""
-        return self.discriminator.represent(x)
+        """The discriminator's last hidden layer before its LeakyReLU, as in the authors' code."""
+        return in_float32(self.discriminator.hidden[0], self.discriminator.image(x))
 
     def latent_energy(self, z: Tensor) -> Tensor:
         """E(z) = -log p(z) - logit D(G(z)): (B, D) -> (B,)."""
