@@ -373,12 +373,12 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(128, 1)
 
     def represent(self, x: Tensor, *z: Tensor) -> Tensor:
-        """The last hidden layer: (B, C, H, W), for pairs (B, D) -> (B, 128)."""
-        return in_float32(self.hidden, torch.cat([self.image(x), *z], dim=1))
+        """The last hidden layer before LeakyReLU: (B, C, H, W), for pairs (B, D) -> (B, 128)."""
+        return in_float32(self.hidden[0], torch.cat([self.image(x), *z], dim=1))
 
     def forward(self, x: Tensor, *z: Tensor) -> Tensor:
         """(B, C, H, W), for pairs (B, D) -> (B,)."""
-        return in_float32(self.head, self.represent(x, *z))[:, 0]
+        return in_float32(self.head, self.hidden[1](self.represent(x, *z)))[:, 0]
 
 class GAN(nn.Module):
     """Generator and discriminator of Table 8; E(z) = -log p(z) - logit D(G(z)) (Table 4)."""
@@ -393,8 +393,8 @@ class GAN(nn.Module):
             upconvolutions(image_shape, config.latent, GENERATOR, normalise=True), nn.Tanh())
 
     def represent(self, x: Tensor) -> Tensor:
-        """The discriminator's last hidden layer before its LeakyReLU, as in the authors' code."""
-        return in_float32(self.discriminator.hidden[0], self.discriminator.image(x))
+        """That of the discriminator, as in the authors' code: (B, C, H, W) -> (B, 128)."""
+        return self.discriminator.represent(x)
 
     def latent_energy(self, z: Tensor) -> Tensor:
         """E(z) = -log p(z) - logit D(G(z)): (B, D) -> (B,)."""

@@ -60,7 +60,7 @@ class Graph:
     def __call__(self, *inputs: Tensor) -> Tensor:
         while self.ways and self.calls < 4:
             try:
-                with torch.cuda.stream(before := torch.cuda.current_stream()):  # also when it fails
+                with torch.cuda.stream(before := torch.cuda.current_stream()):  # restored on error
                     if self.calls < 3:  # aside, as capture asks for
                         (aside := torch.cuda.Stream()).wait_stream(before)
                         with torch.cuda.stream(aside):
@@ -92,7 +92,7 @@ def mover(model, energy, steps, step_size, noise_std, generator, graph=False, co
     options = {"force_pointwise_cat": True, "combo_kernels": True}  # fewer kernels
     ways = [partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
             for e in (lambda x: torch.compile(energy, dynamic=False, options=options)(x), energy)]
-    return Graph(ways[not compile:], generator) if graph else ways[1]
+    return Graph(ways if compile else ways[1:], generator) if graph else ways[1]
 
 class ReplayBuffer:
     """Chains `images` that persist over updates. They start uniform on [-1, 1], anew with chance
