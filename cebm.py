@@ -474,7 +474,8 @@ def train(preset, settings, out, seed, change, data_dir, device):
     config = compose(preset, settings + (() if seed is None else (f"train.seed={seed}",)))
     folder = Path(out or f"runs/{preset}")
     path, where = folder / "ckpt.pt", f" --data-dir {data_dir}" * (config.data.name != "glyphs")
-    rank, ranks = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    given = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # by torchrun, none by others
+    rank, ranks = (int(given.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     if ranks > 1:  # DDP would import `nn` later, and its default arguments keep the group for ever
         importlib.import_module("torch.distributed.nn")
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

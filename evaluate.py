@@ -122,9 +122,8 @@ def confusion_png(counts: Tensor, names: list[str], cell: int = 60) -> bytes:
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     picture = Image.new("L", (cell * (len(names) + 1),) * 2, 255)
     draw = ImageDraw.Draw(picture)
-    lines = [[n, *c] for n, c in zip(names, counts.tolist(), strict=True)]
-    for i, row in enumerate([["true", *names], *lines]):
-        for j, text in enumerate(row):
+    for i, (name, row) in enumerate(zip(["true", *names], [names, *counts.tolist()], strict=True)):
+        for j, text in enumerate([name, *row]):
             shade = 255 - int(255 * share[i - 1, j - 1]) if i and j else 255
             draw.rectangle((cell * j, cell * i, cell * (j + 1), cell * (i + 1)), fill=shade)
             draw.text((cell * j + 4, cell * i + cell // 3), str(text)[:9], fill=255 * (shade < 128))

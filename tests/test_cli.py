@@ -577,6 +577,15 @@ def test_two_processes_train_one_run_and_go_on_only_as_two(tmp_path):
     assert not (tmp_path / "odd").exists()
 
 
+def test_a_rank_that_torchrun_did_not_give_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # as a scheduler leaves them
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("train", *tiny("updates=2"), "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "done: " in result.stdout
+    assert len(cebm.load_checkpoint(tmp_path / "ckpt.pt")["generators"]) == 1
+
+
 def three_updates(config, rank, ranks):
     """A `Run` after three updates on fixed images and chains, of which each rank has its share."""
     run, generator = cebm.Run(config, torch.device("cpu"), rank, ranks), torch.Generator()
