@@ -509,14 +509,16 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     """
     model, config, state = load_model(checkpoint, device)
     name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
-    if (given and not hasattr(model, "posterior")) or (refine and name != "gan"):
-        option = "--refine" if refine and name != "gan" else "--given"
+    draws, infers = hasattr(model, "decode"), hasattr(model, "posterior")  # no chains; p(z | x)
+    wrong = {"--refine": refine and name != "gan", "--given": given and not infers,
+             "--steps": draws and steps is not None, "--from": draws and source == "noise"}
+    for option in filter(wrong.get, wrong):
         raise click.UsageError(f"{option} is not for {name}")
     chain = c.step_size, c.noise_std, (generator := torch.Generator(device).manual_seed(seed))
     if given:
         originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
         count, z = len(originals), model.represent(originals.to(device)).detach()  # (N, D)
-    if hasattr(model, "decode"):
+    if draws:
         with evaluate.seeded(seed, device):
             z = z if given else model.prior.sample(count).detach()
         z = sampling.langevin(model.latent_energy, z, refine, *chain) if refine else z
@@ -555,8 +557,7 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
               "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round()}
     for space, represent in spaces.items():
         a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][::step], test[0]))
-        if whiten and space != "pixel":
-            a, b = evaluate.whiten(a, b)
+        a, b = evaluate.whiten(a, b) if whiten and space != "pixel" else (a, b)
         predicted = train[1][::step][evaluate.nearest(a, b).cpu()]
         row[space] = round(100 * (predicted == test[1]).double().mean().item(), 2)
         if space == "latent":
@@ -599,15 +600,14 @@ def ood(model, config, train, test, data_dir, device, against):
     """
     if not hasattr(model, "energy"):
         raise Failure(f"{config.model.name} has no density of images to score with")
-    images, generator = test[0], torch.Generator().manual_seed(0)
-    level = torch.randint(256, (len(images), 1, 1, 1), generator=generator)
+    own, generator = test[0], torch.Generator().manual_seed(0)
+    level = torch.randint(256, (len(own), 1, 1, 1), generator=generator)
     others = {name: data.load(name, "test", data_dir, config.data.image)[0] for name in against}
-    others["uniform"] = torch.randint(256, images.shape, generator=generator).byte()
-    others["constant"] = level.expand(images.shape).byte()
-    inside = evaluate.density_scores(model, images, device)
-    outside = {k: evaluate.density_scores(model, other, device) for k, other in others.items()}
+    others["uniform"] = torch.randint(256, own.shape, generator=generator).byte()
+    others["constant"] = level.expand(own.shape).byte()
+    inside, *outside = (evaluate.density_scores(model, x, device) for x in (own, *others.values()))
     return {f"{name} {k}": round(evaluate.auroc(inside[k], scores[k]), 2)
-            for name, scores in outside.items() for k in inside}
+            for name, scores in zip(others, outside, strict=True) for k in inside}
 
 @main.command()
 @CHECKPOINT

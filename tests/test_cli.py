@@ -838,10 +838,12 @@ def test_presets_at_their_true_size_train_resume_and_are_evaluated(
         assert all(torch.equal(loaded[k], kept[k]) for k in prior)
         assert not any(torch.equal(loaded[k], fresh[k]) for k in prior)
     checkpoint, drawn = tmp_path / "ckpt.pt", tmp_path / "drawn.png"
-    for extra in ([], ["--given", 3], ["--refine", 2]):
+    chains = not model.endswith(("vae", "gan"))
+    able_to = {"--refine": model == "gan", "--steps": chains, "--from": chains,
+               "--given": model not in ("igebm", "jem", "hdge", "gan")}
+    for extra in ([], ["--given", 3], ["--refine", 2], ["--steps", 2], ["--from", "noise"]):
         result = run("sample", checkpoint, "--count", 4, "--out", drawn, *extra)
-        able = not extra or (extra[0] == "--refine" and model == "gan") or (
-            extra[0] == "--given" and model not in ("igebm", "jem", "hdge", "gan"))
+        able = not extra or able_to[extra[0]]
         assert result.exit_code == (0 if able else 2), result.stderr
         assert able or f"{extra[0]} is not for {model}" in result.stderr
     if model not in ("igebm", "jem", "hdge", "gan"):  # there the latter alone is wrong
