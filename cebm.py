@@ -73,6 +73,7 @@ torch, np, data, evaluate, models, sampling = map(
     Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
 FORMAT = 7  # of the checkpoint; another number is refused
 CHAINLESS = "vae", "gan", "hdge"  # how the names of models without chains end
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # ranks of others are not ours
 try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
@@ -419,7 +420,7 @@ def _device(_context, _parameter, name: str):
     try:
         auto = name == "auto" and ("cuda" if torch.cuda.is_available() else "cpu")
         if (device := torch.device(auto or name)).type == "cuda":
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", device.index or int(TORCHRUN.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).tolist()
         return device
@@ -474,8 +475,7 @@ def train(preset, settings, out, seed, change, data_dir, device):
     config = compose(preset, settings + (() if seed is None else (f"train.seed={seed}",)))
     folder = Path(out or f"runs/{preset}")
     path, where = folder / "ckpt.pt", f" --data-dir {data_dir}" * (config.data.name != "glyphs")
-    given = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # by torchrun, none by others
-    rank, ranks = (int(given.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = (int(TORCHRUN.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     if ranks > 1:  # DDP would import `nn` later, and its default arguments keep the group for ever
         importlib.import_module("torch.distributed.nn")
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -584,6 +584,9 @@ def test_a_rank_that_torchrun_did_not_give_is_passed_over(tmp_path, monkeypatch)
     assert result.exit_code == 0, result.stderr
     assert "done: " in result.stdout
     assert len(cebm.load_checkpoint(tmp_path / "ckpt.pt")["generators"]) == 1
+    monkeypatch.setenv("LOCAL_RANK", "another's")
+    result = run("train", *tiny("updates=2"), "--out", tmp_path / "gpu", "--device", "cuda")
+    assert result.exit_code == (0 if torch.cuda.is_available() else 2), result.exception
 
 
 def three_updates(config, rank, ranks):
