@@ -942,10 +942,12 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     assert replace(mnist.train, updates=15000) == fmnist.train  # all else is shared
     assert (fmnist.chains.reuse, fmnist.chains.data_restarts, mnist.chains.bound) == (0.99, 1, 1.5)
     assert mnist.chains == replace(fmnist.chains, reuse=0.95, data_restarts=0.0, bound=1.5)
-    calm, longer = (cebm.compose(f"cebm-mnist-{v}") for v in ("fast", "gpu"))
-    assert replace(calm.train, rate=6e-4, updates=12000) == mnist.train
-    assert calm.chains == replace(mnist.chains, steps=20) == longer.chains
-    assert replace(longer.train, updates=15000) == calm.train
+    short, longer = (cebm.compose(f"cebm-mnist-{v}") for v in ("fast", "gpu"))
+    assert replace(short.train, updates=12000) == mnist.train
+    assert short.chains == replace(mnist.chains, steps=20) == longer.chains
+    assert replace(longer.train, rate=6e-4, updates=15500) == short.train
+    calm = cebm.compose("gmm-cebm-mnist-fast").train  # the rate of the longer one
+    assert replace(longer.train, updates=15000) == calm
     for name in listed:
         printed = yaml.safe_load(run("show", name).stdout)
         assert cebm.parse_config(printed) == cebm.compose(name)
