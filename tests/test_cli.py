@@ -946,8 +946,7 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     assert replace(short.train, updates=12000) == mnist.train
     assert short.chains == replace(mnist.chains, steps=20) == longer.chains
     assert replace(longer.train, rate=6e-4, updates=15500) == short.train
-    calm = cebm.compose("gmm-cebm-mnist-fast").train  # the rate of the longer one
-    assert replace(longer.train, updates=15000) == calm
+    assert replace(longer.train, updates=15000) == cebm.compose("gmm-cebm-mnist-fast").train
     for name in listed:
         printed = yaml.safe_load(run("show", name).stdout)
         assert cebm.parse_config(printed) == cebm.compose(name)
