@@ -78,7 +78,7 @@ try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
     # A frozen dataclass a section: keys and types of recipes.common, whose bounds are in `limits`.
-    SECTIONS = {name: make_dataclass(name, {k: type(v) for k, v in values.items()}, frozen=True)
+    SECTIONS = {name: make_dataclass(name, ((k, type(v)) for k, v in values.items()), frozen=True)
                 for name, values in COMMON.items()}
     Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
     PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
@@ -117,7 +117,7 @@ def compose(preset: str, settings=()) -> Config:
             raise click.UsageError(f"--set {setting}: {key!r} {why}")
         try:
             chosen[matches[0]] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError of dates
+        except Exception:  # of dates and explicit types PyYAML raises what Python does
             raise click.UsageError(f"--set {setting}: {text!r} is not a YAML value") from None
     if preset not in PRESETS:
         raise click.UsageError(f"no preset {preset!r}{_nearest(preset, PRESETS)}")
@@ -135,9 +135,10 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        with suppress(OSError):  # not every file system can; the file is there already
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
@@ -193,7 +194,7 @@ def load_images(config, split: str, data_dir: str):
     c = config.data
     images, labels = data.load(c.name, split, data_dir, c.image, c.extra)
     if (found := int(labels.max()) + 1) != c.classes:
-        raise Failure(f"{c.name} has {found} classes, not {c.classes}: --set classes={found}")
+        raise Failure(f"{c.name}: {found} classes, not {c.classes} (train --set classes={found})")
     return images, labels
 
 def learning_rate(update: int, train, halvings: int = 0) -> float:
@@ -296,8 +297,9 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     if path.exists() or change:
         state = load_checkpoint(path)
         other = changes(state["config"], asdict(config))
-        if other and (not change or state["config"]["model"]["name"] != config.model.name):
-            raise Failure(f"{path} has other settings, {other}: choose another --out, or --change")
+        if other and (not change or "model.name" in other or "train.seed" in other):
+            raise Failure(f"{path} has other settings, {other}: choose another --out, or, but for "
+                          "the model's name and the seed, --change")
         try:
             preset = state["preset"] + (other and f"; from update {state['updates']} on {other}")
             if (there := len(state["generators"])) != ranks:
@@ -372,7 +374,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         kept["seconds"] = begun + time.monotonic() - started
         last, reason, stop, old = update == settings.updates, "", 0, kept["good"]
         keep = last or update % settings.checkpoint_every == 0
-        if keep or update % guard.every == 0:
+        if keep or update % guard.every == 0 or (ranks > 1 and not cuda):  # torchrun waits 30 s
             weights = torch.nn.utils.get_total_norm(model.parameters()).detach()
             more = torch.stack([weights, torch.full_like(weights, len(interrupted))])
             seen = torch.cat([greatest, more]).nan_to_num(torch.inf)
@@ -497,7 +499,7 @@ def train(preset, settings, out, seed, change, data_dir, device):
 @click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")
 @click.option("--refine", type=click.IntRange(0), metavar="STEPS",
               help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).")
-@click.option("--count", type=click.IntRange(1, 10_000), default=64)
+@click.option("--count", type=click.IntRange(1, 1000), default=64)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
 @click.option("--out", type=OUT, default="samples.png")
 @DATA_DIR
@@ -665,6 +667,7 @@ def show(what):
         raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, PRESETS)}")
 
 if __name__ == "__main__":
+    sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # of names in other encodings
     sys.excepthook = lambda kind, error, trace: (  # no traceback for want of memory or disk
         click.echo(f"Error: {error!r:.150}", err=True) if isinstance(error, OSError)
         or "memory" in repr(error).lower() else sys.__excepthook__(kind, error, trace))

@@ -42,8 +42,8 @@ def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
             images, labels = map(torch.cat, zip(own, _public(name, "extra", data_dir), strict=True))
     found, wanted = ("x".join(map(str, shape)) for shape in (images.shape[1:], image_shape or ()))
     if image_shape and found != wanted:
-        raise DataError(f"{name} has images of {found} (channels x height x width), the "
-                        f"configuration asks for {wanted}: set data.image")
+        raise DataError(f"{name} has images of {found} (channels x height x width), not {wanted}: "
+                        "choose other data, or train with --set data.image")
     return images, labels
 
 def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
@@ -64,8 +64,7 @@ def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
     images = torch.as_tensor(data.data)
     if name == "cifar10":
         images = images.permute(0, 3, 1, 2).contiguous()
-    elif images.dim() == 3:
-        images = images[:, None]
+    images = images[:, None] if images.dim() == 3 else images
     labels = torch.as_tensor(data.labels if name == "svhn" else data.targets).long()
     if len(images) != len(labels) or len(images) != counts[split]:
         raise DataError(f"{where} has {len(images)} images and {len(labels)} labels, not "

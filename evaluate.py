@@ -27,7 +27,7 @@ def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
     Ties go to the lowest index."""
     test = test.double()
     least = torch.full_like(test[:, 0], torch.inf)
-    index, size = torch.zeros_like(least, dtype=torch.long), max(1, floats // len(test))
+    index, size = torch.zeros_like(least, dtype=torch.long), max(1, floats // max(test.shape))
     for i, part in enumerate(train.split(size)):
         a = part.double()
         value, row = torch.addmm(a.square().sum(1), test, a.T, alpha=-2).min(1)
@@ -120,8 +120,7 @@ def confusion_png(counts: Tensor, names: list[str], cell: int = 60) -> bytes:
     """Counts (K, K), rows true and columns predicted, as a picture shaded by share of the row."""
     from PIL import Image, ImageDraw
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    picture = Image.new("L", (cell * (len(names) + 1),) * 2, 255)
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(picture := Image.new("L", (cell * (len(names) + 1),) * 2, 255))
     for i, (name, row) in enumerate(zip(["true", *names], [names, *counts.tolist()], strict=True)):
         for j, text in enumerate([name, *row]):
             shade = 255 - int(255 * share[i - 1, j - 1]) if i and j else 255
@@ -135,8 +134,7 @@ def map_png(points: Tensor, labels: Tensor, names: list[str], title: str, side: 
     low, high = (torch.quantile(points.double(), q, dim=0) for q in (0.002, 0.998))
     places = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).mul(side - 40).add(20)
     colours = [f"hsv({360 * k // len(names)}, 85%, {90 - k % 2 * 35}%)" for k in range(len(names))]
-    picture = Image.new("RGB", (side + 120, side + 30), "white")
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(picture := Image.new("RGB", (side + 120, side + 30), "white"))
     draw.text((20, 8), title, fill="black")
     for (x, y), label in zip(places.tolist(), labels.tolist(), strict=True):
         draw.rectangle((x - 1, y + 29, x + 1, y + 31), fill=colours[label])

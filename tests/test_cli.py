@@ -53,9 +53,9 @@ def run(*arguments):
     return result
 
 
-def launch(*arguments):
-    """A command in a process of its own."""
-    command = [sys.executable, ROOT / "cebm.py", *map(str, arguments)]
+def launch(*arguments, by=()):
+    """A command in a process of its own, or in those that the module `by` starts."""
+    command = [sys.executable, *by, ROOT / "cebm.py", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -301,6 +301,8 @@ def test_a_change_that_the_weights_cannot_follow_is_refused_and_nothing_is_lost(
     other = run("train", *tiny("model.name=igebm"), "--change", "--out", tmp_path)
     assert other.exit_code == 1
     assert "model.name (cebm, now igebm)" in other.stderr
+    reseeded = run("train", *tiny(), "--seed", 1, "--change", "--out", tmp_path)
+    assert "train.seed (0, now 1)" in reseeded.stderr  # the untrained network would be another
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
@@ -317,22 +319,80 @@ def test_the_rate_rises_in_the_warm_up_and_falls_to_zero_by_a_cosine():
     assert cebm.learning_rate(1000, constant) == 1
 
 
-def test_training_images_carry_gaussian_noise_anew_at_every_update(tmp_path, monkeypatch):
+def test_each_epoch_and_each_seed_has_an_order_of_its_own():
+    device = torch.device("cpu")
+    orders = [cebm.epoch_order(*which, 1000, device).tolist() for which in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order) == list(range(1000)) for order in orders)
+    assert len({tuple(order) for order in [*orders, range(1000)]}) == 4
+
+
+def test_training_images_have_their_labels_and_gaussian_noise_anew_at_every_update(
+        tmp_path, monkeypatch):
     import models
 
     honest, seen = models.Conjugate.loss, []
-    monkeypatch.setattr(models.Conjugate, "loss",
-                        lambda self, x, y, chains: seen.append(x) or honest(self, x, y, chains))
+    monkeypatch.setattr(models.Conjugate, "loss", lambda self, x, y, chains: (
+        seen.append((x, y)) or honest(self, x, y, chains)))
     assert run("train", *tiny("noise_std=0.5", "updates=8"), "--out", tmp_path).exit_code == 2
     result = run("train", *tiny("data.noise_std=0.5", "updates=8"), "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
     order = cebm.epoch_order(0, 0, 10_000, torch.device("cpu"))[:128]
-    noise = torch.cat(seen) - cebm.data.normalise(cebm.data.load("glyphs", "train")[0][order])
+    images, labels = cebm.data.load("glyphs", "train")
+    x, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert torch.equal(y, labels[order])
+    noise = x - cebm.data.normalise(images[order])
     assert abs(noise.mean()) < 0.01
     assert noise.std() == pytest.approx(0.5, abs=0.01)
     assert (noise.abs() < 0.5).float().mean() == pytest.approx(0.683, abs=0.01)
     early, late = noise.flatten(1).chunk(2)
     assert abs((early * late).mean()) < 0.01
+
+
+STILL = "step_size=0", "chains.noise_std=0"  # chains that stay where they are
+
+
+def test_chains_go_back_to_the_slots_that_they_were_drawn_from(tmp_path):
+    buffers = []
+    for updates in (1, 3):
+        settings = tiny(*STILL, "reuse=1", "decay=none", f"updates={updates}")
+        assert run("train", *settings, "--out", tmp_path / str(updates)).exit_code == 0
+        buffers.append(cebm.load_checkpoint(tmp_path / str(updates) / "ckpt.pt")["buffer"])
+    assert torch.equal(*buffers)
+
+
+RESTARTED = *STILL, "reuse=0", "data_restarts=1", "restart_std=0", "data.noise_std=0", "batch=64"
+
+
+def assert_chains_are_the_last_batch(folder):
+    """Of a run of RESTARTED settings; the buffer is as large as the batch."""
+    state = cebm.load_checkpoint(folder / "ckpt.pt")
+    epoch, position = divmod(state["updates"] - 1, 10_000 // 64)
+    order = cebm.epoch_order(0, epoch, 10_000, torch.device("cpu"))[64 * position:][:64]
+    images = cebm.data.normalise(cebm.data.load("glyphs", "train")[0][order])
+    assert torch.equal(state["buffer"].unique(dim=0), images.unique(dim=0))
+
+
+def test_chains_that_restart_from_data_start_at_each_image_of_the_batch(tmp_path):
+    assert run("train", *tiny(*RESTARTED, "updates=2"), "--out", tmp_path).exit_code == 0
+    assert_chains_are_the_last_batch(tmp_path)
+
+
+def test_a_seed_is_of_weights_and_chains_and_the_same_as_its_key(tmp_path):
+    for name, seed in ("a", ["--seed", 1]), ("b", ["--set", "train.seed=1"]), ("c", []):
+        assert run("train", *tiny("updates=1"), *seed, "--out", tmp_path / name).exit_code == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    one, other = (cebm.load_checkpoint(tmp_path / name / "ckpt.pt") for name in "ac")
+    assert (one["seed"], other["seed"]) == (1, 0)
+    assert (one["buffer"] == other["buffer"]).float().mean() < 0.01
+    untrained = (cebm.new_model(cebm.parse_config(s["config"]), "cpu") for s in (one, other))
+    assert not torch.equal(*(model.network.trunk[0].weight for model in untrained))
+
+
+def test_a_run_whose_rate_falls_to_its_end_is_not_made_longer(tmp_path):
+    assert run("train", *tiny("updates=2"), "--out", tmp_path).exit_code == 0
+    longer = run("train", *tiny("updates=3"), "--out", tmp_path)
+    assert longer.exit_code == 1
+    assert "train.updates (2, now 3)" in longer.stderr
 
 
 def test_chains_grow_by_a_constant_factor_to_their_final_steps(tmp_path):
@@ -429,8 +489,8 @@ def poisoned_once(monkeypatch, call, where="loss", stop=None):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_run_that_meets_nan_goes_back_to_what_stayed_healthy_and_ends(
-        tmp_path, monkeypatch, where):
+def test_a_run_that_meets_nan_goes_back_to_what_stayed_healthy_and_ends_by_new_noise(
+        trained, tmp_path, monkeypatch, where):
     poisoned_once(monkeypatch, 10, where)
     result = run("train", *tiny(), "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
@@ -442,6 +502,29 @@ def test_a_run_that_meets_nan_goes_back_to_what_stayed_healthy_and_ends(
     assert state["updates"] == 24
     assert next(int(r["rollbacks"]) for r in rows(tmp_path) if int(r["update"]) > 11) == 1
     assert "to: 4" in run("show", tmp_path / "ckpt.pt").stdout
+    without = cebm.load_checkpoint(trained / "ckpt.pt")["buffer"]
+    assert (state["buffer"] == without).float().mean() < 0.5
+
+
+def test_bounds_are_multiples_of_the_level_or_the_floor_and_numbers_alone_are_within():
+    guard = cebm.compose("quickstart", ["runaway=3", "energy_bound=1e6"]).guard
+    for name, value, level, past in [
+            ("gap", 89, {}, False), ("gap", 91, {}, True),  # the floor, 30, three times
+            ("gap", 179, {"gap": 60.0}, False), ("gap", 181, {"gap": 60.0}, True),
+            ("gap", 89, {"gap": 1.0}, False), ("gap", 1.1e6, {"gap": 1e6}, True),
+            ("loss", 9e5, {}, False), ("loss", 1.1e6, {}, True), ("loss", float("nan"), {}, True)]:
+        why = cebm.out_of_bounds({"first": 0.0, name: value}, level, {"gap": 30.0}, guard)
+        assert (why or "").startswith(f"{name} of magnitude") == past == bool(why)
+
+
+@pytest.mark.parametrize(("narrow", "name"), [
+    (["gap=1e-3"], "gap"), (["guard.pixels=1", "chains.noise_std=1", "reuse=1"], "pixel_m")])
+def test_the_guard_says_what_ran_away(tmp_path, narrow, name):
+    settings = tiny(*narrow, "runaway=1", "rollbacks=0", "guard.every=1")
+    result = run("train", *settings, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert f": {name}" in result.stderr
+    assert "of magnitude" in result.stderr
 
 
 DIVERGING = tiny("rate=0.5", "warmup=0", "decay=none", "updates=32", "guard.every=1")
@@ -531,7 +614,10 @@ def test_a_guard_that_is_loosened_by_a_change_holds_from_then_on(tmp_path):
 
 
 def test_the_guard_is_silent_on_a_healthy_run(trained):
-    assert cebm.load_checkpoint(trained / "ckpt.pt")["rollbacks"] == []
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    assert state["rollbacks"] == []
+    assert state["level"].keys() == {"gap", "pixel_min", "pixel_max"}
+    assert 1 <= state["level"]["pixel_max"] < 2
 
 
 @pytest.mark.parametrize("setting", ["buffer=10000000", "batch=1000000 buffer=1000000",
@@ -543,17 +629,30 @@ def test_sizes_beyond_memory_are_refused_before_any_work(tmp_path, setting):
     assert not (tmp_path / "config.yaml").exists()
 
 
-def torchrun(count, *arguments):
-    """A command in `count` processes of one machine's processor."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-         ROOT / "cebm.py", *map(str, arguments), "--device", "cpu"],
-        capture_output=True, text=True, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+
+
+def torchrun(*arguments):
+    """A command in two processes of one machine's processor: exit status, stdout and stderr."""
+    process = launch(*arguments, "--device", "cpu", by=TORCHRUN)
+    out, err = process.communicate(timeout=200)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_check(tmp_path):
+    never = [f"{key}=1000000" for key in ("updates", "checkpoint_every", "guard.every")]
+    settings = tiny(*RESTARTED, *never, "pictures=0")
+    process = launch("train", *settings, "--out", tmp_path, "--device", "cpu", by=TORCHRUN)
+    while process.poll() is None and not (tmp_path / "log.csv").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "interrupted; " in process.communicate(timeout=100)[0]
+    assert 0 < cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 1000000
+    assert_chains_are_the_last_batch(tmp_path)
 
 
 def test_two_processes_train_one_run_and_go_on_only_as_two(tmp_path):
-    result = torchrun(2, "train", *tiny("updates=6", "decay=none"), "--out", tmp_path)
+    result = torchrun("train", *tiny("updates=6", "decay=none"), "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done: ") == 1
     state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
@@ -564,9 +663,9 @@ def test_two_processes_train_one_run_and_go_on_only_as_two(tmp_path):
     alone = run("train", *tiny("updates=8", "decay=none"), "--out", tmp_path)
     assert alone.exit_code == 1
     assert "torchrun --nproc-per-node=2" in alone.stderr
-    longer = torchrun(2, "train", *tiny("updates=8", "decay=none"), "--out", tmp_path)
+    longer = torchrun("train", *tiny("updates=8", "decay=none"), "--out", tmp_path)
     assert "going on after update 6" in longer.stdout, longer.stderr
-    whole = torchrun(2, "train", *tiny("updates=8", "decay=none"), "--out", tmp_path / "whole")
+    whole = torchrun("train", *tiny("updates=8", "decay=none"), "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     ends = [cebm.load_checkpoint(f / "ckpt.pt") for f in (tmp_path, tmp_path / "whole")]
     for key in ("model", "optimiser", "buffer", "generators"):
@@ -657,6 +756,18 @@ def test_the_buffer_itself_is_shown_with_no_steps(trained, tmp_path):
     chains = cebm.load_checkpoint(trained / "ckpt.pt")["buffer"][:, 0].clamp(-1, 1)
     stored = chains.add(1).div(2).mul(255).round().byte().numpy()
     assert (stored == shown).all((1, 2)).sum() == 1
+    run("sample", trained / "ckpt.pt", "--count", 1, "--steps", 0, "--from", "noise", "--seed", 1,
+        "--out", tmp_path / "b.png")  # the buffer began with the noise of seed 0
+    noise = np.asarray(Image.open(tmp_path / "b.png").convert("L"))
+    assert (stored == noise).mean((1, 2)).max() < 0.05
+
+
+def test_a_path_that_stdout_cannot_encode_is_no_failure(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    out = tmp_path / "\u56fe.png"
+    process = launch("sample", trained / "ckpt.pt", "--count", 1, "--steps", 0, "--out", out)
+    assert "\\u56fe.png" in process.communicate()[0]
+    assert (process.returncode, out.exists()) == (0, True)
 
 
 def test_given_shows_the_originals_first_and_lowers_the_joint_energy(trained, tmp_path):
@@ -727,6 +838,14 @@ def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained,
     assert counts.sum(1).tolist() == [200] * 10
     assert first["latent"] == pytest.approx(counts.diag().sum().item() / 20, abs=0.01)
     assert first["pixel"] > 50
+    model, config, _ = cebm.load_model(checkpoint)
+    train, test = (cebm.data.load("glyphs", split) for split in ("train", "test"))
+    for space, network in ("latent", model), ("untrained", cebm.new_model(config, "cpu").eval()):
+        a, b = (cebm.evaluate.in_batches(network.represent, images, "cpu")
+                for images in (train[0][::20], test[0]))
+        right = train[1][::20][cebm.evaluate.nearest(a, b)] == test[1]
+        assert first[space] == round(100 * right.double().mean().item(), 2)
+    assert first["latent"] != first["untrained"]
     text = run("knn", checkpoint, "--limit", 500, "--plot", tmp_path / "plot.png").stdout
     assert f"{first['latent']:.2f}" in text
     assert Image.open(tmp_path / "plot.png").size[0] > 400
@@ -747,16 +866,20 @@ def test_export_holds_what_the_model_says_of_each_image(trained, tmp_path):
     images, labels = data.load("glyphs", "test")
     with torch.no_grad():
         x = data.normalise(images[:50])
-        mean, energy = model.represent(x), model.energy(x)
+        mean, energy, precision = model.represent(x), model.energy(x), 1 - 2 * model.t(x)[0][:, 1]
     with np.load(out, allow_pickle=False) as arrays:
         assert {k: arrays[k].shape for k in arrays} == {
             "mean": (2000, 4), "std": (2000, 4), "energy": (2000,), "labels": (2000,)}
         np.testing.assert_allclose(arrays["mean"][:50], mean, atol=1e-5)
+        np.testing.assert_allclose(arrays["std"][:50], precision.rsqrt(), atol=1e-5)
         np.testing.assert_allclose(arrays["energy"][:50], energy, atol=1e-5)
         assert arrays["labels"].tolist() == labels.tolist()
+    assert run("export", trained / "ckpt.pt", "--split", "train", "--out", out).exit_code == 0
+    with np.load(out, allow_pickle=False) as arrays:
+        assert arrays["labels"].tolist() == data.load("glyphs", "train")[1].tolist()
 
 
-def test_probe_and_ood_print_a_row_a_checkpoint(trained):
+def test_probe_and_ood_print_a_row_a_checkpoint(trained, monkeypatch):
     checkpoint = trained / "ckpt.pt"
     first, second = json.loads(run("probe", checkpoint, checkpoint, "--json").stdout)
     assert first == second
@@ -768,6 +891,10 @@ def test_probe_and_ood_print_a_row_a_checkpoint(trained):
     assert set(row) - set(first) == {f"{name} {score}" for name in ("glyphs", "uniform", "constant")
                                      for score in ("logp", "gradient")}
     assert row["glyphs logp"] == row["glyphs gradient"] == 50  # against itself: all ties
+    monkeypatch.setattr(cebm.models.Conjugate, "energy",
+                        lambda self, x: x.diff(dim=-1).abs().mean((1, 2, 3)))  # roughness
+    row = json.loads(run("ood", checkpoint, "--json").stdout)[0]
+    assert (row["uniform logp"], row["constant logp"]) == (100, 0)
     table = run("ood", checkpoint, "--markdown").stdout.splitlines()
     assert table[0].startswith("| checkpoint | model | data | updates | uniform logp |")
     assert len(table) == 3
@@ -840,21 +967,33 @@ def test_presets_at_their_true_size_train_resume_and_are_evaluated(
         kept = state.get("average", state["model"])
         assert all(torch.equal(loaded[k], kept[k]) for k in prior)
         assert not any(torch.equal(loaded[k], fresh[k]) for k in prior)
-    checkpoint, drawn = tmp_path / "ckpt.pt", tmp_path / "drawn.png"
+    checkpoint, drawn, pictures = tmp_path / "ckpt.pt", tmp_path / "drawn.png", {}
+    loaded = cebm.load_model(checkpoint)[0]
+    assert not any(module.training for module in loaded.modules())
     chains = not model.endswith(("vae", "gan"))
     able_to = {"--refine": model == "gan", "--steps": chains, "--from": chains,
                "--given": model not in ("igebm", "jem", "hdge", "gan")}
-    for extra in ([], ["--given", 3], ["--refine", 2], ["--steps", 2], ["--from", "noise"]):
+    for extra in ([], ["--given", 3], ["--refine", 2], ["--steps", 3], ["--from", "noise"]):
         result = run("sample", checkpoint, "--count", 4, "--out", drawn, *extra)
         able = not extra or able_to[extra[0]]
         assert result.exit_code == (0 if able else 2), result.stderr
         assert able or f"{extra[0]} is not for {model}" in result.stderr
+        if able:
+            pictures[(*extra, "")[0]] = drawn.read_bytes()
+    assert len(set(pictures.values())) == len(pictures) - (model == "hdge")  # it has no buffer
+    if able_to["--given"] and not chains:  # decoded means, whatever the seed
+        run("sample", checkpoint, "--given", 3, "--seed", 1, "--out", drawn)
+        assert drawn.read_bytes() == pictures["--given"]
     if model not in ("igebm", "jem", "hdge", "gan"):  # there the latter alone is wrong
         result = run("sample", checkpoint, "--given", 3, "--refine", 2)
         assert f"--refine is not for {model}" in result.stderr
     row = json.loads(run("knn", checkpoint, "--json").stdout)[0]
     assert (row["model"], row["updates"]) == (model, 2)
     assert ("accuracy" in row) == (model in ("jem", "hdge"))
+    if "accuracy" in row:
+        images, labels = cebm.data.load("any", "test")
+        right = cebm.evaluate.in_batches(loaded.f, images, "cpu").argmax(1) == labels
+        assert row["accuracy"] == 100 * right.double().mean().item()
     result = run("ood", checkpoint)
     assert result.exit_code == ("gan" in model), result.stderr
     assert run("export", checkpoint, "--out", tmp_path / "l.npz").exit_code == 0
@@ -981,6 +1120,7 @@ def test_the_literal_preset_differs_in_the_step_and_the_two_noises_alone():
     (["--preset", "vae-mnist", "--set", "image=[1, 30, 30]"], "vae is for images of 28 x 28 or"),
     (["--set", "likelihood=gauss"], "one of continuous_bernoulli, bernoulli"),
     (["--set", "channels={a: [}"], "is not a YAML value"),
+    (["--set", "compile=!!bool maybe"], "is not a YAML value"),
     (["--set", "buffer=63"], "must not exceed chains.buffer"),
     (["--set", "image=[1, 4, 4]"], "at least 8 x 8"),
     (["--device", "abacus"], "--device abacus: "),

@@ -123,7 +123,7 @@ def test_a_set_of_another_length_is_refused(tmp_path):
 
 
 def test_images_of_another_shape_are_refused():
-    with pytest.raises(data.DataError, match=r"1x28x28.*asks for 3x32x32"):
+    with pytest.raises(data.DataError, match=r"1x28x28.*not 3x32x32"):
         data.load("glyphs", "train", image_shape=(3, 32, 32))
 
 

@@ -56,9 +56,18 @@ def test_nearest_agrees_with_scikit_learn_on_images():
     assert evaluate.nearest(train, test).tolist() == predicted.tolist()
 
 
-def test_nearest_is_quick_and_right_when_all_vectors_are_equal():
+def test_of_vectors_that_are_all_equal_the_first_is_nearest():
     same = torch.ones(20_000, 8)
     assert evaluate.nearest(same, same[:2_000]).tolist() == [0] * 2_000
+
+
+@pytest.mark.parametrize(("count", "dim"), [(3, 50), (200, 2)])
+def test_nearest_holds_so_many_numbers_at_a_time(monkeypatch, count, dim):
+    held, addmm = [], torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda a, b, c, **scale: (
+        held.append(max(c.numel(), len(b) * c.shape[1])) or addmm(a, b, c, **scale)))
+    evaluate.nearest(torch.ones(300, dim), torch.ones(count, dim), floats=1000)
+    assert 500 < max(held) <= 1000
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.01])
@@ -81,12 +90,16 @@ def test_logistic_regression_does_not_stop_early_on_many_points_of_small_feature
     torch.testing.assert_close(w[:-1] / 1e3, scaled[:-1], atol=1e-3, rtol=1e-2)
 
 
-def test_a_probe_sees_so_many_labels_a_class_and_reports_mean_and_deviation():
+def test_a_probe_sees_so_many_labels_a_class_and_reports_mean_and_deviation(monkeypatch):
+    fit, seen = evaluate.logistic_regression, []
+    monkeypatch.setattr(evaluate, "logistic_regression", lambda x, y, *rest: (
+        seen.append(y.bincount().tolist()) or fit(x, y, *rest)))
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(600) % 3
     x = 0.7 * torch.randn(600, 4, generator=generator) + torch.nn.functional.one_hot(y, 4)
     train, test = (x[:300], y[:300]), (x[300:], y[300:])
     scores = {n: evaluate.probe(*train, *test, 3, n) for n in (1, 10, None)}
+    assert seen == 10 * [[1] * 3] + 10 * [[10] * 3] + [[100] * 3]
     assert scores[1][0] < scores[10][0] < scores[None][0] + 2
     assert scores[1][1] > scores[10][1] > scores[None][1] == 0
     oracle = LogisticRegression(tol=1e-8, max_iter=10_000).fit(*(v.numpy() for v in train))

@@ -208,10 +208,11 @@ def test_the_class_of_an_image_follows_bayes_rule_by_hand(monkeypatch):
     assert math.isclose(model.posterior(None).mean.item(), 3 * chance, rel_tol=1e-9)
 
 
-def test_the_chances_of_the_components_sum_to_one(x):
-    chances = mixture(6, 4).posterior(x).mixture_distribution.probs
-    assert chances.shape == (5, 4)
-    torch.testing.assert_close(chances.sum(1), torch.ones(5).double())
+def test_draws_from_a_mixture_have_its_mean_and_second_moment():
+    prior, count = mixture(2, 3).prior, 100_000
+    z, square = prior.sample(count), prior.location**2 + torch.exp(2 * prior.log_std)
+    for draws, expected in (z, prior.location.mean(0)), (z * z, square.mean(0)):
+        assert ((draws.mean(0) - expected).abs() < 5 * draws.std(0) / count**0.5).all()
 
 
 def harmonium(name, shape, hidden):
@@ -352,6 +353,9 @@ def test_decoders_and_generators_have_the_shapes_of_tables_7_and_8(preset, expec
         assert stages(body[3], body[:3](z)) == expected
     else:
         assert stages(model.generator[1], z.view(2, 128, 1, 1)) == expected
+        assert isinstance(model.generator[-1], torch.nn.Tanh)
+        for network in model.generator, model.encoder, model.discriminator:
+            assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) == 4
     images = model.generate(2)
     assert images.shape == (2, *config.data.image)
     assert images.abs().max() <= 1
@@ -453,6 +457,7 @@ def test_a_vaes_likelihood_is_that_of_its_decoders_logits(likelihood):
     torch.testing.assert_close(model.log_likelihood(x, z), expected, atol=0.05, rtol=1e-4)
     joint = expected + Normal(0, 1).log_prob(z).sum(1)
     torch.testing.assert_close(model.joint_energy(x, z), -joint, atol=0.05, rtol=1e-4)
+    torch.testing.assert_close(model.decode(z), (2 * chance - 1).float())
 
 
 def test_a_posterior_mean_shifts_and_narrows_with_evidence(monkeypatch):
