@@ -152,6 +152,7 @@ def load_checkpoint(path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise Failure(f"it is of format {state['format']}")
+        state["config"] = {k: v | state["config"][k] for k, v in COMMON.items()}  # and later keys
         config, buffer = parse_config(state["config"]), state.get("buffer")
         shape = (config.chains.buffer, *config.data.image)
         fits = buffer is None or (buffer.shape == shape and buffer.dtype == torch.float32)
@@ -659,10 +660,9 @@ def show(what):
         click.echo(as_yaml(asdict(compose(what))), nl=False)
     elif os.path.isfile(what):
         state = load_checkpoint(what)
-        facts = {k: v for k, v in state.items() if k not in (
-            "model optimiser average buffer generators good candidate greatest log".split())}
-        facts["tensors"] = sum(v.numel() for v in state["model"].values())
-        click.echo(as_yaml(facts), nl=False)
+        large = "model optimiser average buffer generators good candidate greatest log".split()
+        click.echo(as_yaml({k: v for k, v in state.items() if k not in large} | {
+            "tensors": sum(v.numel() for v in state["model"].values())}), nl=False)
     else:
         raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, PRESETS)}")
 

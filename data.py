@@ -62,8 +62,7 @@ def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
         raise DataError(f"cannot read or download {where} ({reason}): check --data-dir and the "
                         "network, or delete the damaged files") from error
     images = torch.as_tensor(data.data)
-    if name == "cifar10":
-        images = images.permute(0, 3, 1, 2).contiguous()
+    images = images.permute(0, 3, 1, 2).contiguous() if name == "cifar10" else images
     images = images[:, None] if images.dim() == 3 else images
     labels = torch.as_tensor(data.labels if name == "svhn" else data.targets).long()
     if len(images) != len(labels) or len(images) != counts[split]:

@@ -170,9 +170,8 @@ class Prior(nn.Module):
 
     def mean(self, t: Tensor, likeliest: bool) -> Tensor:
         """The posterior's mean, or that of its likeliest component: (B, S, D) -> (B, D)."""
-        share = self.log_joint(t).softmax(1)  # (B, K)
-        if likeliest:
-            share = F.one_hot(share.argmax(1), share.shape[1]).to(share.dtype)
+        joint = self.log_joint(t)  # (B, K)
+        share = F.one_hot(joint.argmax(1), joint.shape[1]) if likeliest else joint.softmax(1)
         return (share[..., None] * self.family.member(self.lam() + t[:, None]).mean).sum(1)
 
     def sample(self, count: int) -> Tensor:
@@ -298,11 +297,10 @@ class EnergyNetwork(nn.Module):
             metrics = {"contrast": loss}
         else:
             loss, metrics = contrastive(*(-logits.logsumexp(1)).split(len(x)), self.config)
-            logits = logits[: len(x)]
         if self.config.name == "igebm":
             return loss, metrics
-        metrics["accuracy"] = (logits.argmax(1) == y).float().mean()
-        return F.cross_entropy(logits, y) + loss, metrics
+        metrics["accuracy"] = ((own := logits[: len(x)]).argmax(1) == y).float().mean()
+        return F.cross_entropy(own, y) + loss, metrics
 
 class VAE(nn.Module):
     """E(x, z) = -log p(x | z) - log p(z) (Table 4), networks of Table 7, pixels in [0, 1] there."""
@@ -342,8 +340,7 @@ class VAE(nn.Module):
         return q.log_prob(z) + self.prior.energy(z)
 
     def _bound(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q = self.posterior(x)
-        z = q.rsample()
+        z = (q := self.posterior(x)).rsample()
         return self.divergence(q, z), -self.log_likelihood(x, z)
 
     def energy(self, x: Tensor) -> Tensor:
@@ -386,7 +383,7 @@ class GAN(nn.Module):
     generate = VAE.generate
     def __init__(self, config, image_shape, num_classes: int, pairs: bool = False):
         super().__init__()
-        self.prior = Prior(config)
+        self.config, self.prior = config, Prior(config)
         self.discriminator = Discriminator(config, image_shape, config.latent * pairs)
         self.generator = nn.Sequential(
             nn.Unflatten(1, (config.latent, 1, 1)),
@@ -406,14 +403,18 @@ class GAN(nn.Module):
 
     def play(self, real: tuple, fake: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         """Both players' losses, summed; each has gradients for its own parameters alone."""
-        judge = self.discriminator
+        judge, weight = self.discriminator, self.config.gradient_penalty
         d = {k: v.detach().clone() for k, v in judge.state_dict().items()}  # statistics too
-        on_real, on_fake = (judge(*(v.detach() for v in pair)) for pair in (real, fake))
+        shown = [v.detach().requires_grad_(weight > 0) for v in real]
+        on_real, on_fake = judge(*shown), judge(*(v.detach() for v in fake))
         judging = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
         making = F.softplus(-torch.func.functional_call(judge, d, fake)).mean()
         if len(real) == 2:  # the encoder makes the real pairs look like the generator's
             making = making + F.softplus(torch.func.functional_call(judge, d, real)).mean()
         right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
+        if weight:  # on D's slope at real pairs: R1 of Mescheder et al. (2018)
+            slopes = torch.autograd.grad(on_real.sum(), shown, create_graph=True)
+            judging = judging + weight / 2 * sum(s.square().sum() for s in slopes) / len(on_real)
         return judging + making, {"discriminator": judging, "generator": making, "accuracy": right}
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:

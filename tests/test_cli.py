@@ -1052,8 +1052,8 @@ def test_on_a_gpu_recorded_updates_are_the_plain_ones_also_after_a_rollback(tmp_
                 assert (value - untrained[name]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("preset", ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist", "rbm-mnist",
-                                    "igebm-fmnist-fast"])
+@pytest.mark.parametrize("preset", ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist-r1",
+                                    "rbm-mnist", "igebm-fmnist-fast"])
 def test_runs_with_random_losses_priors_restarts_or_gibbs_chains_resume_bit_for_bit(
         preset, tmp_path, monkeypatch):
     tiny_data(monkeypatch)
@@ -1077,8 +1077,9 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     fast = {f"{m}-{d}-fast" for m in ("cebm", "gmm-cebm", "igebm", "jem")
             for d in ("mnist", "fmnist")}
     gpu = {f"{m}-gpu" for m in ("cebm-mnist", "gmm-cebm-mnist", "cebm-cifar10", "igebm-cifar10")}
+    r1 = {f"{m}-{d}-r1" for m in ("gan", "bigan", "gmm-bigan") for d in ("mnist", "fmnist")}
     others = {"quickstart", "cebm-folder", "cebm-fmnist-literal"}
-    assert set(listed) == four | two | fast | gpu | others
+    assert set(listed) == four | two | fast | gpu | r1 | others
     mnist, fmnist = (cebm.compose(f"jem-{d}-fast") for d in ("mnist", "fmnist"))
     assert replace(mnist.train, updates=15000) == fmnist.train  # all else is shared
     assert (fmnist.chains.reuse, fmnist.chains.data_restarts, mnist.chains.bound) == (0.99, 1, 1.5)
@@ -1182,6 +1183,15 @@ class Payload:
 
     def __reduce__(self):
         return (open, (self.path, "w"))
+
+
+def test_a_checkpoint_without_a_key_that_came_later_has_its_default(trained, tmp_path):
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    for key in "gradient_penalty", "visible_std":
+        del state["config"]["model"][key]
+    torch.save(state, tmp_path / "old.pt")
+    whole = cebm.load_checkpoint(trained / "ckpt.pt")["config"]
+    assert cebm.load_checkpoint(tmp_path / "old.pt")["config"] == whole
 
 
 def spoiled(folder):

@@ -388,6 +388,41 @@ def test_each_player_has_the_gradient_of_its_own_loss_alone(name):
                 torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4, msg=key)
 
 
+class Square(torch.nn.Module):
+    """A discriminator of logit a |x|^2 + b |z|^2 / 2, whose slope at (x, z) is (2 a x, b z)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.tensor(v)) for v in (0.03, 0.2))
+
+    def forward(self, x, *z):
+        return self.a * x.square().flatten(1).sum(1) + sum(self.b * v.square().sum(1) / 2 for v in z)
+
+
+@pytest.mark.parametrize("name", ["gan", "bigan"])
+def test_the_gradient_penalty_is_half_its_weight_times_the_squared_slope_at_real_pairs(name):
+    x, ends = torch.rand(8, 1, 28, 28) * 2 - 1, []
+    for weight in (0.0, 3.0):
+        model = build(name, gradient_penalty=weight)
+        model.discriminator = Square()
+        torch.manual_seed(1)
+        loss, metrics = model.loss(x, None, None)
+        loss.backward()
+        ends.append((loss, metrics, {k: p.grad for k, p in model.named_parameters()}))
+    (plain, _, without), (loss, metrics, gradients) = ends
+    a, b = model.discriminator.a.item(), model.discriminator.b.item()
+    torch.manual_seed(1)  # z of the prior, then of the encoder
+    model.prior.sample(8)
+    z = model.posterior(x).rsample().detach() if name == "bigan" else torch.zeros(8, 1)
+    xx, zz = (v.square().flatten(1).sum(1).mean() for v in (x, z))
+    torch.testing.assert_close(loss - plain, 1.5 * (4 * a * a * xx + b * b * zz))
+    torch.testing.assert_close(metrics["discriminator"] + metrics["generator"], loss)
+    more = {"discriminator.a": 1.5 * 8 * a * xx, "discriminator.b": 1.5 * 2 * b * zz}
+    for key, gradient in gradients.items():  # the other players have none of it
+        if gradient is not None:
+            torch.testing.assert_close(gradient - without[key], more.get(key, 0 * gradient))
+
+
 def test_batch_normalisation_sees_real_and_generated_images_alike():
     model = build("gan")
     norm = next(m for m in model.discriminator.modules() if isinstance(m, torch.nn.BatchNorm2d))
