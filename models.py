@@ -405,16 +405,16 @@ class GAN(nn.Module):
         """Both players' losses, summed; each has gradients for its own parameters alone."""
         judge, weight = self.discriminator, self.config.gradient_penalty
         d = {k: v.detach().clone() for k, v in judge.state_dict().items()}  # statistics too
-        shown = [v.detach().requires_grad_(weight > 0) for v in real]
-        on_real, on_fake = judge(*shown), judge(*(v.detach() for v in fake))
+        x, *z = map(Tensor.detach, real)
+        on_real, on_fake = judge(x.requires_grad_(weight > 0), *z), judge(*map(Tensor.detach, fake))
         judging = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
         making = F.softplus(-torch.func.functional_call(judge, d, fake)).mean()
-        if len(real) == 2:  # the encoder makes the real pairs look like the generator's
+        if z:  # the encoder makes the real pairs look like the generator's
             making = making + F.softplus(torch.func.functional_call(judge, d, real)).mean()
         right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
-        if weight:  # on D's slope at real pairs: R1 of Mescheder et al. (2018)
-            slopes = torch.autograd.grad(on_real.sum(), shown, create_graph=True)
-            judging = judging + weight / 2 * sum(s.square().sum() for s in slopes) / len(on_real)
+        if weight:  # on D's slope in real images: R1 of Mescheder et al. (2018)
+            (slope,) = torch.autograd.grad(on_real.sum(), x, create_graph=True)
+            judging = judging + weight / 2 * slope.square().sum() / len(slope)
         return judging + making, {"discriminator": judging, "generator": making, "accuracy": right}
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
