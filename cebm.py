@@ -152,7 +152,7 @@ def load_checkpoint(path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise Failure(f"it is of format {state['format']}")
-        state["config"] = {k: v | state["config"][k] for k, v in COMMON.items()}  # and later keys
+        state["config"] |= {k: v | state["config"][k] for k, v in COMMON.items()}  # newer keys too
         config, buffer = parse_config(state["config"]), state.get("buffer")
         shape = (config.chains.buffer, *config.data.image)
         fits = buffer is None or (buffer.shape == shape and buffer.dtype == torch.float32)
