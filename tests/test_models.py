@@ -355,7 +355,7 @@ def test_decoders_and_generators_have_the_shapes_of_tables_7_and_8(preset, expec
         assert stages(model.generator[1], z.view(2, 128, 1, 1)) == expected
         assert isinstance(model.generator[-1], torch.nn.Tanh)
         for network in model.generator, model.encoder, model.discriminator:
-            assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules()) == 4
+            assert sum(isinstance(m, models.BatchNorm) for m in network.modules()) == 4
     images = model.generate(2)
     assert images.shape == (2, *config.data.image)
     assert images.abs().max() <= 1
@@ -421,9 +421,21 @@ def test_the_gradient_penalty_is_half_its_weight_times_the_squared_slope_in_real
 
 def test_batch_normalisation_sees_real_and_generated_images_alike():
     model = build("gan")
-    norm = next(m for m in model.discriminator.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    norm = next(m for m in model.discriminator.modules() if isinstance(m, models.BatchNorm))
     model.loss(torch.rand(8, 1, 28, 28), None, None)
-    assert int(norm.num_batches_tracked) == 2  # the generator's view of it leaves no trace
+    assert int(norm.num_batches_tracked) == 2
+
+
+def test_batch_normalisation_of_rows_is_that_of_maps_with_second_derivatives():
+    x, ends = torch.randn(6, 3, 5, 4, dtype=torch.double), []
+    for norm in models.BatchNorm(3).double(), torch.nn.BatchNorm2d(3).double():
+        torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+        at = x.clone().to(memory_format=torch.channels_last).requires_grad_(True)
+        (slope,) = torch.autograd.grad((y := norm(at)).pow(3).sum(), at, create_graph=True)
+        slope.square().sum().backward()
+        ends.append([y, slope, at.grad, norm.weight.grad, *norm.state_dict().values(),
+                     norm.eval()(at)])
+    torch.testing.assert_close(*ends)
 
 
 def test_narrow_components_have_the_energy_of_their_density():
