@@ -137,9 +137,8 @@ class Prior(nn.Module):
             self.register_buffer("location", torch.zeros(shape))
             self.register_buffer("log_std", torch.zeros(shape))
         else:
-            low, high = config.prior_std
             self.location = nn.Parameter(config.prior_mean_std * torch.randn(shape))
-            self.log_std = nn.Parameter((low + (high - low) * torch.rand(shape)).log())
+            self.log_std = nn.Parameter(torch.empty(shape).uniform_(*config.prior_std).log())
 
     def lam(self) -> Tensor:
         """Natural parameters (K, S, D)."""
