@@ -48,7 +48,7 @@ def normal(mean: Tensor, std: Tensor) -> td.Independent:
     return td.Independent(td.Normal(mean, std, validate_args=False), 1)
 
 class BatchNorm(nn.BatchNorm1d):
-    """Of a map's pixels as rows, channels last: second derivatives, for a penalty, are faster."""
+    """`nn.BatchNorm2d` of (B, C, H, W) over rows of pixels: second derivatives are faster so."""
     def forward(self, x: Tensor) -> Tensor:
         rows = x.permute(0, 2, 3, 1)
         return super().forward(rows.flatten(0, 2)).view(rows.shape).permute(0, 3, 1, 2)
