@@ -413,7 +413,7 @@ class GAN(nn.Module):
         if weight:  # on D's slope in real images: R1 of Mescheder et al. (2018)
             (slope,) = torch.autograd.grad(on_real.sum(), x, create_graph=True)
             judging = judging + weight / 2 * slope.square().sum() / len(slope)
-        making = making.detach() + pull - pull.detach()
+        making = making.detach() + pull - pull.detach()  # its value, with the gradients of `pull`
         return judging + making, {"discriminator": judging, "generator": making, "accuracy": right}
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
