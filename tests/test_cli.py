@@ -69,6 +69,26 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Arguments of a run on 40 images, which other processes read faster than they draw digits."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 28, 28), dtype=np.uint8)
+    for label, images in enumerate(pixels):
+        (folder / "train" / str(label)).mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(folder / "train" / str(label) / f"{i}.png")
+    return "train", *tiny("data.name=folder", "classes=2"), "--data-dir", folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small, tmp_path_factory):
+    """A finished run of `small`."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(*small, "--out", folder).exit_code == 0
+    return folder
+
+
 def rows(folder):
     """log.csv without its columns of wall-clock time."""
     with open(folder / "log.csv", newline="") as file:
@@ -118,12 +138,13 @@ def test_the_end_of_a_run_names_the_checkpoint_and_the_next_commands(tmp_path):
     assert f"python cebm.py sample {tmp_path}/a/ckpt.pt" in out
 
 
-def test_a_run_killed_at_random_moments_ends_equal_to_the_uninterrupted_one(trained, tmp_path):
+def test_a_run_killed_at_random_moments_ends_equal_to_the_uninterrupted_one(
+        small, uninterrupted, tmp_path):
     random.seed(time.time_ns())
     kills, log = 0, tmp_path / "log.csv"
     for _ in range(40):
         before, deadline = log.exists() and log.read_bytes(), time.monotonic() + 60
-        process = launch("train", *tiny(), "--out", tmp_path)
+        process = launch(*small, "--out", tmp_path)
         while process.poll() is None and (log.exists() and log.read_bytes()) == before:
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -136,7 +157,7 @@ def test_a_run_killed_at_random_moments_ends_equal_to_the_uninterrupted_one(trai
             kills += 1
     assert kills > 0
     assert process.returncode == 0, process.stderr.read()
-    assert_same_run(trained, tmp_path)
+    assert_same_run(uninterrupted, tmp_path)
 
 
 @pytest.mark.slow
@@ -182,10 +203,10 @@ def test_memory_stays_as_it_was_over_two_thousand_updates(tmp_path):
     assert end / warm < 1.05, (warm, end)
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(trained, tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(small, uninterrupted, tmp_path):
     for attempt in range(10):  # on a busy machine the signal may come after the end
         folder = tmp_path / str(attempt)
-        process = launch("train", *tiny(), "--out", folder)
+        process = launch(*small, "--out", folder)
         deadline = time.monotonic() + 60
         while not (folder / "log.csv").exists():
             assert time.monotonic() < deadline
@@ -197,31 +218,32 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(trained, tmp_
     assert process.returncode == 130, err
     assert "the same command goes on" in out
     assert 3 <= cebm.load_checkpoint(folder / "ckpt.pt")["updates"] < 24
-    assert "going on after update" in run("train", *tiny(), "--out", folder).stdout
-    assert_same_run(trained, folder)
+    assert "going on after update" in run(*small, "--out", folder).stdout
+    assert_same_run(uninterrupted, folder)
 
 
 def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_to_the_same_end(
-        trained, tmp_path):
-    process = launch("train", *tiny(), "--out", tmp_path)
+        small, uninterrupted, tmp_path):
+    process = launch(*small, "--out", tmp_path)
     process.stdout.readline()
     process.stdout.close()  # as `train | tee` when Ctrl-C has ended tee
     assert process.wait(timeout=60) == 130
     assert process.stderr.read() == ""
     assert 0 < cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 24
-    assert run("train", *tiny(), "--out", tmp_path).exit_code == 0
-    assert_same_run(trained, tmp_path)
+    assert run(*small, "--out", tmp_path).exit_code == 0
+    assert_same_run(uninterrupted, tmp_path)
 
 
-def test_a_run_whose_output_finds_no_room_saves_and_goes_on_to_the_same_end(trained, tmp_path):
+def test_a_run_whose_output_finds_no_room_saves_and_goes_on_to_the_same_end(
+        small, uninterrupted, tmp_path):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, ROOT / "cebm.py", "train", *tiny(), "--out", tmp_path]
+        command = [sys.executable, ROOT / "cebm.py", *small, "--out", tmp_path]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (result.returncode, result.stderr) == (130, b"")
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 1
-    assert run("train", *tiny(), "--out", tmp_path).exit_code == 0
-    assert_same_run(trained, tmp_path)
+    assert run(*small, "--out", tmp_path).exit_code == 0
+    assert_same_run(uninterrupted, tmp_path)
 
 
 def test_a_batch_larger_than_the_buffer_is_for_models_without_chains():
@@ -653,8 +675,9 @@ def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_chec
     assert_chains_are_the_last_batch(tmp_path)
 
 
-def test_two_processes_train_one_run_and_go_on_only_as_two(tmp_path):
-    result = torchrun("train", *tiny("updates=6", "decay=none"), "--out", tmp_path)
+def test_two_processes_train_one_run_and_go_on_only_as_two(small, tmp_path):
+    six, eight = ([*small, "--set", "decay=none", "--set", f"updates={n}"] for n in (6, 8))
+    result = torchrun(*six, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done: ") == 1
     state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
@@ -662,12 +685,12 @@ def test_two_processes_train_one_run_and_go_on_only_as_two(tmp_path):
     assert state["updates"] == 6
     assert not torch.equal(*state["generators"])
     assert not torch.equal(*state["buffer"].chunk(2))  # each process has chains of its own
-    alone = run("train", *tiny("updates=8", "decay=none"), "--out", tmp_path)
+    alone = run(*eight, "--out", tmp_path)
     assert alone.exit_code == 1
     assert "torchrun --nproc-per-node=2" in alone.stderr
-    longer = torchrun("train", *tiny("updates=8", "decay=none"), "--out", tmp_path)
+    longer = torchrun(*eight, "--out", tmp_path)
     assert "going on after update 6" in longer.stdout, longer.stderr
-    whole = torchrun("train", *tiny("updates=8", "decay=none"), "--out", tmp_path / "whole")
+    whole = torchrun(*eight, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     ends = [cebm.load_checkpoint(f / "ckpt.pt") for f in (tmp_path, tmp_path / "whole")]
     for key in ("model", "optimiser", "buffer", "generators"):
