@@ -37,8 +37,7 @@ def _tree(model: str, source: str, overrides: dict) -> dict:
     tree = {section: COMMON[section] | recipe.get(section, {}) for section in COMMON | recipe}
     tree["data"] |= {"name": source, **images}
     tree["model"] |= {"name": model, **shape, **kind["set"]}
-    for key, value in overrides.items():
-        section, key = key.split(".")
+    for (section, key), value in ((k.split("."), v) for k, v in overrides.items()):
         tree[section][key] = value
     return tree
 
@@ -280,8 +279,9 @@ def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None
 def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> bool:
     """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
-    if settings.batch % ranks or c.buffer % ranks:
-        raise click.UsageError(f"train.batch, chains.buffer: not multiples of {ranks} processes")
+    if any(n % ranks for n in (settings.batch, c.buffer)) or (
+            config.model.standardise and settings.batch == ranks):  # no deviation of one image
+        raise click.UsageError(f"batch, buffer: not multiples of {ranks} processes, or too small")
     run, floor, other = Run(config, device, rank, ranks), {}, ""
     model, buffer, cuda = run.model, run.buffer, device.type == "cuda"
     rank and torch.distributed.barrier()  # the first process downloads

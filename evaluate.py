@@ -22,9 +22,8 @@ def seeded(seed: int, device):
         yield
 
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
-    """Index (M,) of the training vector (N, D) nearest to each test vector (M, D) in L2.
-    |a|^2 - 2ab in float64, `floats` numbers at a time: exact for pixels, to 1e-15 of |a|^2 else.
-    Ties go to the lowest index."""
+    """Index (M,) of the training vector (N, D) nearest in L2 to each of (M, D), the first if equal.
+    |a|^2 - 2ab in float64, `floats` numbers at a time: exact for pixels, to 1e-15 of |a|^2 else."""
     test = test.double()
     least = torch.full_like(test[:, 0], torch.inf)
     index, size = torch.zeros_like(least, dtype=torch.long), max(1, floats // max(test.shape))

@@ -306,7 +306,7 @@ class VAE(nn.Module):
     chain = None
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
-        self.config, self.prior = config, Prior(config)
+        self.config, self.prior, self.standardise = config, Prior(config), nn.Identity()
         self.encoder = Network(config, image_shape, [(config.hidden, 2 * config.latent)], nn.ReLU)
         side, width = image_shape[1] // 8, config.channels[-1]
         self.decoder = nn.Sequential(
@@ -316,7 +316,7 @@ class VAE(nn.Module):
     def posterior(self, x: Tensor) -> td.Independent:
         """q(z | x), the encoder's diagonal Gaussian: batch (B,), event (D,)."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
-        return normal(mean, (0.5 * log_variance).exp())
+        return normal(self.standardise(mean), (0.5 * log_variance).exp())
 
     def represent(self, x: Tensor) -> Tensor:
         """The mean of q(z | x): (B, C, H, W) -> (B, D)."""
@@ -378,8 +378,7 @@ class Discriminator(nn.Module):
 
 class GAN(nn.Module):
     """Generator and discriminator of Table 8; E(z) = -log p(z) - logit D(G(z)) (Table 4)."""
-    chain = None
-    generate = VAE.generate
+    chain, generate = None, VAE.generate
     def __init__(self, config, image_shape, num_classes: int, pairs: bool = False):
         super().__init__()
         self.config, self.prior = config, Prior(config)
@@ -421,12 +420,14 @@ class GAN(nn.Module):
         return self.play((x,), (self.generate(len(x)),))
 
 class BiGAN(GAN):
-    """D tells (x, E(x)) from (G(z), z) (Table 8); also GMM-BiGAN."""
+    """D tells (x, E(x)) from (G(z), z) (Table 8), E's means over a batch standardised or not."""
     posterior, represent = VAE.posterior, VAE.represent
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__(config, image_shape, num_classes, pairs=True)
         heads = [(config.hidden, 2 * config.latent)]
         self.encoder = Network(config, image_shape, heads, nn.LeakyReLU, normalise=True)
+        norm = nn.BatchNorm1d(config.latent, affine=False)
+        self.standardise = norm if config.standardise else nn.Identity()
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """The non-saturating game of G and E against D."""

@@ -701,6 +701,14 @@ def test_two_processes_train_one_run_and_go_on_only_as_two(small, tmp_path):
     assert not (tmp_path / "odd").exists()
 
 
+def test_means_of_one_image_are_not_standardised_but_refused(tmp_path):
+    settings = ["--preset", "bigan-mnist-r1", "--set", "batch=1", "--out", tmp_path]
+    result = run("train", *settings)
+    assert result.exit_code == 2
+    assert "too small" in result.stderr
+    assert list(tmp_path.rglob("*.pt")) == []
+
+
 def test_a_rank_that_torchrun_did_not_give_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")  # as a scheduler leaves them
     monkeypatch.setenv("WORLD_SIZE", "2")

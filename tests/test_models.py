@@ -388,6 +388,23 @@ def test_each_player_has_the_gradient_of_its_own_loss_alone(name):
                 torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4, msg=key)
 
 
+def test_a_bigans_means_are_standardised_over_a_batch_and_later_by_what_batches_had():
+    model, x = build("bigan", standardise=True), torch.rand(50, 1, 28, 28)
+    with torch.no_grad():
+        model.encoder.heads[0][-1].bias += 5
+        means = torch.stack([model.posterior(x).mean for _ in range(200)])
+    torch.testing.assert_close(means.mean(1), torch.zeros(200, means.shape[2]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(means.var(1, correction=0), torch.ones(200, means.shape[2]),
+                               atol=0.02, rtol=0)  # short of one by the norm's epsilon
+    model.eval()
+    later = model.represent(x[:7])
+    torch.testing.assert_close(later, model.represent(x)[:7])  # by itself, not by its batch
+    torch.testing.assert_close(later, means[-1, :7], atol=0.1, rtol=0.1)
+    one, other = (build("bigan", standardise=s).posterior(x) for s in (False, True))
+    assert one.mean.var(0).mean() < 0.5
+    torch.testing.assert_close(one.variance, other.variance)
+
+
 class Square(torch.nn.Module):
     """A discriminator of logit a |x|^2 + b |z|^2, whose slope in x is 2 a x."""
 
