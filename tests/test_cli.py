@@ -635,6 +635,17 @@ def test_a_guard_that_is_loosened_by_a_change_holds_from_then_on(tmp_path):
     assert len(cebm.load_checkpoint(tmp_path / "ckpt.pt")["rollbacks"]) == 2
 
 
+def test_a_level_is_the_greatest_since_the_checkpoint_before_at_most_a_multiple_of_the_floor(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(cebm, "out_of_bounds", lambda *_: None)
+    settings = tiny("log_every=1", "guard.gap=1e-3", "runaway=1.1", "average=0")
+    assert run("train", *settings, "--out", tmp_path).exit_code == 0
+    level = cebm.load_checkpoint(tmp_path / "ckpt.pt")["level"]
+    greatest = {k: max(abs(float(row[k])) for row in rows(tmp_path)[-4:]) for k in level}
+    assert greatest["gap"] > level["gap"] == pytest.approx(1.1e-3)
+    assert all(level[k] == greatest[k] for k in ("pixel_min", "pixel_max"))
+
+
 def test_the_guard_is_silent_on_a_healthy_run(trained):
     state = cebm.load_checkpoint(trained / "ckpt.pt")
     assert state["rollbacks"] == []
