@@ -382,21 +382,23 @@ def test_chains_go_back_to_the_slots_that_they_were_drawn_from(tmp_path):
     assert torch.equal(*buffers)
 
 
-RESTARTED = *STILL, "reuse=0", "data_restarts=1", "restart_std=0", "data.noise_std=0", "batch=64"
+RESTARTED = tiny(*STILL, "reuse=0", "data_restarts=1", "restart_std=0", "data.noise_std=0",
+                 "batch=20", "buffer=20", "pictures=0")
 
 
-def assert_chains_are_the_last_batch(folder):
-    """Of a run of RESTARTED settings; the buffer is as large as the batch."""
-    state = cebm.load_checkpoint(folder / "ckpt.pt")
-    epoch, position = divmod(state["updates"] - 1, 10_000 // 64)
-    order = cebm.epoch_order(0, epoch, 10_000, torch.device("cpu"))[64 * position:][:64]
-    images = cebm.data.normalise(cebm.data.load("glyphs", "train")[0][order])
+def assert_chains_are_the_last_batch(folder, data_dir):
+    """Of a run of `small` with RESTARTED; the buffer is as large as the batch."""
+    _, config, state = cebm.load_model(folder / "ckpt.pt")
+    epoch, position = divmod(state["updates"] - 1, 40 // 20)
+    order = cebm.epoch_order(0, epoch, 40, torch.device("cpu"))[20 * position:][:20]
+    images = cebm.data.normalise(cebm.load_images(config, "train", data_dir)[0][order])
     assert torch.equal(state["buffer"].unique(dim=0), images.unique(dim=0))
 
 
-def test_chains_that_restart_from_data_start_at_each_image_of_the_batch(tmp_path):
-    assert run("train", *tiny(*RESTARTED, "updates=2"), "--out", tmp_path).exit_code == 0
-    assert_chains_are_the_last_batch(tmp_path)
+def test_chains_that_restart_from_data_start_at_each_image_of_the_batch(small, tmp_path):
+    result = run(*small, *RESTARTED, "--set", "updates=2", "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert_chains_are_the_last_batch(tmp_path, small[-1])
 
 
 def test_a_seed_is_of_weights_and_chains_and_the_same_as_its_key(tmp_path):
@@ -672,10 +674,11 @@ def torchrun(*arguments):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_check(tmp_path):
-    never = [f"{key}=1000000" for key in ("updates", "checkpoint_every", "guard.every")]
-    settings = tiny(*RESTARTED, *never, "pictures=0")
-    process = launch("train", *settings, "--out", tmp_path, "--device", "cpu", by=TORCHRUN)
+def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_check(
+        small, tmp_path):
+    never = [part for key in ("updates", "checkpoint_every", "guard.every")
+             for part in ("--set", f"{key}=1000000")]
+    process = launch(*small, *RESTARTED, *never, "--out", tmp_path, "--device", "cpu", by=TORCHRUN)
     deadline = time.monotonic() + 100
     while process.poll() is None and not (tmp_path / "log.csv").exists():
         assert time.monotonic() < deadline
@@ -683,7 +686,7 @@ def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_chec
     process.send_signal(signal.SIGINT)
     assert "interrupted; " in process.communicate(timeout=100)[0]
     assert 0 < cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 1000000
-    assert_chains_are_the_last_batch(tmp_path)
+    assert_chains_are_the_last_batch(tmp_path, small[-1])
 
 
 def test_two_processes_train_one_run_and_go_on_only_as_two(small, tmp_path):
