@@ -82,7 +82,7 @@ try:
     Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
     PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
     PRESETS |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
-    PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], kind["set"] | extra)
+    PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], PRESETS[base][2] | kind["set"] | extra)
                 for v, kind in BOOK["variants"].items() for base, extra in kind["of"].items()}
     for preset in PRESETS.values():
         _checked("", _tree(*preset), COMMON, LIMITS)
@@ -237,7 +237,7 @@ class Run:
         self.rank, self.ranks, self.model = rank, ranks, new_model(config, device, True)
         self.generator = torch.cuda.default_generators[device.index or 0] if cuda else (
             torch.default_generator)  # some losses draw from it too
-        torch.manual_seed(train.seed + 1_000_003 * rank)  # another sequence in each process
+        torch.manual_seed(train.seed + 1_000_003 * (rank + 1))  # not the numbers of the weights
         self.adam = torch.optim.Adam(self.model.parameters(), train.rate, fused=cuda or None,
                                      betas=(train.beta1, train.beta2), eps=train.epsilon)
         self.parts = {"model": self.model, "optimiser": self.adam}
@@ -396,7 +396,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
         if reason:
             run.restore(old)
-            torch.manual_seed(settings.seed + len(rollbacks) + 1_000_003 * rank)
+            torch.manual_seed(settings.seed + len(rollbacks) + 1_000_003 * (rank + 1))
             now = kept["good"] = kept["candidate"] = {k: old.get(k) for k in now} | run.snapshot()
             say(f"update {update}: {reason}; back to update {now['updates']}")
             update, greatest = now["updates"], torch.zeros_like(greatest)
@@ -415,8 +415,12 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
                 kept["good"], kept["candidate"] = kept["candidate"], now
             save()
         if stop:
-            return last
-    return True
+            break
+    knn = f"python cebm.py knn {path}" + f" --data-dir {data_dir}" * (config.data.name != "glyphs")
+    say(f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
+        if update == settings.updates else
+        f"interrupted; {path} is of the last good update: the same command goes on")
+    return update == settings.updates
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
@@ -477,7 +481,6 @@ def train(preset, settings, out, seed, change, data_dir, device):
     """
     config = compose(preset, settings + (() if seed is None else (f"train.seed={seed}",)))
     folder = Path(out or f"runs/{preset}")
-    path, where = folder / "ckpt.pt", f" --data-dir {data_dir}" * (config.data.name != "glyphs")
     rank, ranks = (int(TORCHRUN.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     if ranks > 1:  # DDP would import `nn` later, and its default arguments keep the group for ever
         importlib.import_module("torch.distributed.nn")
@@ -486,9 +489,6 @@ def train(preset, settings, out, seed, change, data_dir, device):
     with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:
         sys.stdout = lock if rank else sys.stdout  # the first process alone prints
         finished = train_model(config, folder, data_dir, device, preset, change, rank, ranks)
-        click.echo(f"done: {path}\nnow try:\n  python cebm.py knn "
-                   f"{path}{where}\n  python cebm.py sample {path}" if finished else
-                   f"interrupted; {path} is of the last good update: the same command goes on")
     sys.exit(0 if finished else 130)
 
 @main.command()
@@ -517,12 +517,12 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
              "--steps": draws and steps is not None, "--from": draws and source == "noise"}
     for option in filter(wrong.get, wrong):
         raise click.UsageError(f"{option} is not for {name}")
-    chain = c.step_size, c.noise_std, (generator := torch.Generator(device).manual_seed(seed))
+    chain = c.step_size, c.noise_std, (rng := torch.Generator(device).manual_seed(seed + 500_009))
     if given:
         originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
         count, z = len(originals), model.represent(originals.to(device)).detach()  # (N, D)
     if draws:
-        with evaluate.seeded(seed, device):
+        with evaluate.seeded(seed + 500_008, device):  # not the numbers of weights or of training
             z = z if given else model.prior.sample(count).detach()
         z = sampling.langevin(model.latent_energy, z, refine, *chain) if refine else z
         x = model.decode(z).detach()
@@ -534,7 +534,7 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
         elif given or source == "noise" or stored is None:
             if not given and source == "buffer":
                 click.echo(f"{checkpoint} has no replay buffer: starting from noise")
-            start = sampling.uniform((count, *config.data.image), generator)
+            start = sampling.uniform((count, *config.data.image), rng)
         else:
             order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
             start = stored[order[:count]].to(device)
@@ -557,7 +557,7 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
     """
     row, classes, step = {}, config.data.classes, -(-len(train[1]) // (limit or len(train[1])))
     spaces = {"latent": model.represent, "untrained": new_model(config, device).eval().represent,
-              "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round()}
+              "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round().byte()}
     for space, represent in spaces.items():
         a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][::step], test[0]))
         a, b = evaluate.whiten(a, b) if whiten and space != "pixel" else (a, b)

@@ -48,10 +48,9 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float = 1.0
     lbfgs = torch.optim.LBFGS([w], max_iter=1000, max_eval=2000, tolerance_grad=1e-6,
                               tolerance_change=1e-14, line_search_fn="strong_wolfe")
     def closure():
-        lbfgs.zero_grad()
         loss = torch.nn.functional.cross_entropy(x @ w, y, reduction="sum")
         loss = (loss + penalty / 2 * w[:-1].square().sum()) / len(x)
-        loss.backward()
+        (w.grad,) = torch.autograd.grad(loss, w)
         return loss
     lbfgs.step(closure)
     return w.detach()
@@ -133,7 +132,8 @@ def map_png(points: Tensor, labels: Tensor, names: list[str], title: str, side: 
     low, high = (torch.quantile(points.double(), q, dim=0) for q in (0.002, 0.998))
     places = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).mul(side - 40).add(20)
     colours = [f"hsv({360 * k // len(names)}, 85%, {90 - k % 2 * 35}%)" for k in range(len(names))]
-    draw = ImageDraw.Draw(picture := Image.new("RGB", (side + 120, side + 30), "white"))
+    height = max(side + 30, 40 + 18 * len(names))
+    draw = ImageDraw.Draw(picture := Image.new("RGB", (side + 120, height), "white"))
     draw.text((20, 8), title, fill="black")
     for (x, y), label in zip(places.tolist(), labels.tolist(), strict=True):
         draw.rectangle((x - 1, y + 29, x + 1, y + 31), fill=colours[label])

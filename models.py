@@ -130,15 +130,15 @@ class Prior(nn.Module):
     are learned; y is uniform over them and summed out."""
     def __init__(self, config, family=Gaussian):
         super().__init__()
-        self.family, shape = family, (config.components, config.latent)
+        self.family, size = family, (config.components, config.latent)
         if family is Bernoulli:
             self.theta_z = nn.Parameter(torch.zeros(1, 1, config.latent))
         elif config.components == 1:
-            self.register_buffer("location", torch.zeros(shape))
-            self.register_buffer("log_std", torch.zeros(shape))
+            self.register_buffer("location", torch.zeros(size))
+            self.register_buffer("log_std", torch.zeros(size))
         else:
-            self.location = nn.Parameter(config.prior_mean_std * torch.randn(shape))
-            self.log_std = nn.Parameter(torch.empty(shape).uniform_(*config.prior_std).log())
+            self.location = nn.Parameter(config.prior_mean_std * torch.randn(size))
+            self.log_std = nn.Parameter(torch.empty(size).uniform_(*sorted(config.prior_std)).log())
 
     def lam(self) -> Tensor:
         """Natural parameters (K, S, D)."""

@@ -234,6 +234,17 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_to_the_same_
     assert_same_run(uninterrupted, tmp_path)
 
 
+def test_ctrl_c_saves_also_where_nobody_reads_and_no_line_was_due(small, tmp_path):
+    long = ("--set", "updates=100000", "--set", "log_every=100000", "--out", tmp_path)
+    process = launch(*small, *long)
+    assert "every 100000" in process.stdout.readline()  # from here on Ctrl-C is waited for
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert process.stderr.read() == ""
+    assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] > 0
+
+
 def test_a_run_whose_output_finds_no_room_saves_and_goes_on_to_the_same_end(
         small, uninterrupted, tmp_path):
     with open("/dev/full", "w") as full:
@@ -410,6 +421,13 @@ def test_a_seed_is_of_weights_and_chains_and_the_same_as_its_key(tmp_path):
     assert (one["buffer"] == other["buffer"]).float().mean() < 0.01
     untrained = (cebm.new_model(cebm.parse_config(s["config"]), "cpu") for s in (one, other))
     assert not torch.equal(*(model.network.trunk[0].weight for model in untrained))
+
+
+def test_weights_and_first_chains_do_not_share_random_numbers():
+    run = cebm.Run(cebm.compose("cebm-mnist"), torch.device("cpu"), 0, 1)
+    weights = run.model.network.trunk[0].weight.flatten().detach()  # what a seed gives first
+    chains = run.buffer.images.flatten()[: len(weights)]
+    assert abs(torch.corrcoef(torch.stack([weights, chains]))[0, 1]) < 0.2  # five deviations
 
 
 def test_a_run_whose_rate_falls_to_its_end_is_not_made_longer(tmp_path):
@@ -803,8 +821,8 @@ def test_the_buffer_itself_is_shown_with_no_steps(trained, tmp_path):
     chains = cebm.load_checkpoint(trained / "ckpt.pt")["buffer"][:, 0].clamp(-1, 1)
     stored = chains.add(1).div(2).mul(255).round().byte().numpy()
     assert (stored == shown).all((1, 2)).sum() == 1
-    run("sample", trained / "ckpt.pt", "--count", 1, "--steps", 0, "--from", "noise", "--seed", 1,
-        "--out", tmp_path / "b.png")  # the buffer began with the noise of seed 0
+    run("sample", trained / "ckpt.pt", "--count", 1, "--steps", 0, "--from", "noise",
+        "--out", tmp_path / "b.png")  # not the noise that the buffer began with
     noise = np.asarray(Image.open(tmp_path / "b.png").convert("L"))
     assert (stored == noise).mean((1, 2)).max() < 0.05
 
@@ -1350,6 +1368,17 @@ def test_a_misspelt_configs_yaml_is_named_in_a_line(tmp_path, change):
     assert result.returncode in (1, 2)
     assert "configs.yaml" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_variant_of_a_preset_keeps_what_that_sets(tmp_path):
+    mine = "variants:\n  mine: {of: {quickstart: {train.rate: 2.0e-3}}, set: {model.l2: 0.2}}"
+    text = (ROOT / "configs.yaml").read_text()
+    (tmp_path / "configs.yaml").write_text(text.replace("variants:", mine))
+    (tmp_path / "cebm.py").write_text((ROOT / "cebm.py").read_text())
+    result = subprocess.run([sys.executable, tmp_path / "cebm.py", "show", "quickstart-mine"],
+                            capture_output=True, text=True, check=True)
+    wanted = cebm.compose("quickstart", ["l2=0.2", "rate=2e-3"])
+    assert yaml.safe_load(result.stdout) == asdict(wanted)
 
 
 def test_wrong_files_and_folders_are_named(trained, tmp_path):

@@ -152,6 +152,13 @@ def test_the_map_has_a_point_of_its_classs_colour_and_a_legend():
     assert tuple(shown[710, 680]) == colours[1]
 
 
+def test_the_legend_of_a_map_has_room_for_any_number_of_classes():
+    picture = Image.open(io.BytesIO(evaluate.map_png(
+        torch.rand(60, 2), torch.arange(60), [str(k) for k in range(60)], "title")))
+    legend = np.asarray(picture)[45::18, 709]
+    assert len(np.unique(legend[:60], axis=0)) == 60
+
+
 def test_whitened_latents_have_unit_variance_along_principal_directions_but_small_ones():
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator).double())[0]

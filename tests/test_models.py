@@ -172,6 +172,13 @@ def test_the_mixtures_energy_is_its_joint_energy_integrated_over_z(x):
         torch.testing.assert_close(density, torch.exp(integral - joint), atol=1e-6, rtol=1e-6)
 
 
+def test_a_mixtures_deviations_start_in_their_range_whichever_end_is_named_first():
+    for ends in ([0.5, 1.5], [1.5, 0.5]):
+        std = small(64, "gmm-cebm", components=9, prior_std=ends).prior.log_std.exp()
+        assert 0.5 <= std.min() < 0.51
+        assert 1.49 < std.max() <= 1.5
+
+
 def test_bayes_rule_holds_in_a_mixture(x):
     model = mixture(6, 4)
     z = torch.randn(5, 6, dtype=torch.float64)
