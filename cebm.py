@@ -418,9 +418,9 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
             break
     knn = f"python cebm.py knn {path}" + f" --data-dir {data_dir}" * (config.data.name != "glyphs")
     say(f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
-        if update == settings.updates else
+        if update >= settings.updates else
         f"interrupted; {path} is of the last good update: the same command goes on")
-    return update == settings.updates
+    return update >= settings.updates
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()

@@ -312,6 +312,8 @@ def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
     state = cebm.load_checkpoint(folder / "ckpt.pt")
     assert state["preset"].endswith("; from update 24 on model.represent (component, now mixture)")
     assert state["config"]["model"]["represent"] == "mixture"
+    less = run("train", *changed, *tiny(*more, "updates=12"), "--change", "--out", folder)
+    assert (less.exit_code, "done: " in less.stdout) == (0, True)  # it has been longer already
 
 
 def test_a_change_of_a_run_that_is_not_there_is_refused_and_begins_none(tmp_path):
