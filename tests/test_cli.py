@@ -395,8 +395,8 @@ def test_chains_go_back_to_the_slots_that_they_were_drawn_from(tmp_path):
     assert torch.equal(*buffers)
 
 
-RESTARTED = tiny(*STILL, "reuse=0", "data_restarts=1", "restart_std=0", "data.noise_std=0",
-                 "batch=20", "buffer=20", "pictures=0")
+RESTARTED = (*STILL, "reuse=0", "data_restarts=1", "restart_std=0", "data.noise_std=0", "batch=20",
+             "buffer=20", "pictures=0")
 
 
 def assert_chains_are_the_last_batch(folder, data_dir):
@@ -409,7 +409,7 @@ def assert_chains_are_the_last_batch(folder, data_dir):
 
 
 def test_chains_that_restart_from_data_start_at_each_image_of_the_batch(small, tmp_path):
-    result = run(*small, *RESTARTED, "--set", "updates=2", "--out", tmp_path)
+    result = run(*small, *tiny(*RESTARTED, "updates=2"), "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
     assert_chains_are_the_last_batch(tmp_path, small[-1])
 
@@ -696,9 +696,9 @@ def torchrun(*arguments):
 
 def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_check(
         small, tmp_path):
-    never = [part for key in ("updates", "checkpoint_every", "guard.every")
-             for part in ("--set", f"{key}=1000000")]
-    process = launch(*small, *RESTARTED, *never, "--out", tmp_path, "--device", "cpu", by=TORCHRUN)
+    never = [f"{key}=1000000" for key in ("updates", "checkpoint_every", "guard.every")]
+    settings = tiny(*RESTARTED, *never)
+    process = launch(*small, *settings, "--out", tmp_path, "--device", "cpu", by=TORCHRUN)
     deadline = time.monotonic() + 100
     while process.poll() is None and not (tmp_path / "log.csv").exists():
         assert time.monotonic() < deadline
