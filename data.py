@@ -119,7 +119,7 @@ def glyphs(split: str) -> tuple[Tensor, Tensor]:
             points = np.array(stroke.split(), float).reshape(-1, 2) / 100 - 0.5
             points += random.normal(0, 0.048, points.shape)
             path = scale * (spline(len(points)) @ points * size @ shear + shift)
-            ImageDraw.Draw(sheet).line(path.ravel().tolist(), 255, round(scale * width), "curve")
+            ImageDraw.Draw(sheet).line(path.ravel().tolist(), 255, round(scale * width))
         images[i, 0] = sheet.reduce(scale)
     order = random.permutation(count)
     return torch.tensor(images[order]), torch.tensor(labels[order])
