@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributions as td
 
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 CONVS = ((3, 1), (4, 2), (4, 2), (4, 2))  # (size, stride) of Tables 5 to 8, padding 1 throughout
 # Upconvolutions (width, size, stride, padding) by the image's side; width None: its channels.
 # Table 7b as printed ends at 31x31x1: here its third kernel is 4x4, its last stride 1, C channels.
@@ -54,7 +55,7 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(rows.flatten(0, 2)).view(rows.shape).permute(0, 3, 1, 2)
 
 class PixelGradient(torch.autograd.Function):
-    """A 3x3 convolution whose gradient is by pixels alone: on a CPU oneDNN's takes three times."""
+    """A 3x3 convolution whose gradient is by pixels alone: without AMX oneDNN's takes longer."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
@@ -84,7 +85,7 @@ class Network(nn.Module):
         """`trunk[0]`; compiled a product with 3x3 patches, after which a GPU has channels last."""
         weight, bias, (h, w) = self.trunk[0].weight, self.trunk[0].bias, x.shape[2:]
         if not torch.compiler.is_compiling():
-            chain = x.device.type == "cpu" and not weight.requires_grad
+            chain = x.device.type == "cpu" and not (weight.requires_grad or AMX)
             return PixelGradient.apply(x, weight, bias) if chain else self.trunk[0](x)
         x, fill = F.pad(x, (1, 1, 1, 1)), (0, -weight[0].numel() % 16)
         x = torch.stack([x[:, :, i:i + h, j:j + w] for i, j in product(range(3), range(3))], -1)
@@ -420,13 +421,12 @@ class GAN(nn.Module):
         return self.play((x,), (self.generate(len(x)),))
 
 class BiGAN(GAN):
-    """D tells (x, E(x)) from (G(z), z) (Table 8), E's means over a batch standardised or not."""
+    """BiGAN, GMM-BiGAN: D tells x, E(x) from G(z), z (Table 8), E's means standardised or not."""
     posterior, represent = VAE.posterior, VAE.represent
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__(config, image_shape, num_classes, pairs=True)
-        heads = [(config.hidden, 2 * config.latent)]
-        self.encoder = Network(config, image_shape, heads, nn.LeakyReLU, normalise=True)
-        norm = nn.BatchNorm1d(config.latent, affine=False)
+        head, norm = (config.hidden, 2 * config.latent), nn.BatchNorm1d(config.latent, affine=False)
+        self.encoder = Network(config, image_shape, [head], nn.LeakyReLU, normalise=True)
         self.standardise = norm if config.standardise else nn.Identity()
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
