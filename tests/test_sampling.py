@@ -241,3 +241,18 @@ def test_buffer_and_generator_state_bring_back_the_same_draws():
     second.generator.set_state(first.generator.get_state())
     for a, b in zip(first.draw(x), second.draw(x), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["cebm-fmnist", "igebm-cifar10"])
+def test_chains_of_processors_with_and_without_amx_are_the_same_in_float32(name, monkeypatch):
+    config = cebm.compose(name)
+    torch.manual_seed(0)
+    model = models.build(config.model, config.data.image, 10)
+    x = torch.rand(3, *config.data.image, generator=seeded()) * 2 - 1
+    move = sampling.mover(model, model.energy, 2, 1e3, 0.0, None)
+    ends = []
+    for amx in (False, True):
+        monkeypatch.setattr(models, "AMX", amx)
+        ends.append(move(x))
+    assert (ends[0] - x).abs().max() > 0.01
+    torch.testing.assert_close(*ends, atol=2e-5, rtol=0)
