@@ -223,7 +223,7 @@ def claimed(folder: Path):
 def changes(old: dict, new: dict) -> str:
     """What differs between two configurations, but for a longer run where nothing depends on it."""
     differing = {f"{section}.{k}": f"({old[section][k]}, now {v})" for section, part in new.items()
-                 for k, v in part.items() if old[section][k] != v and k != "compile"}
+                 for k, v in part.items() if old[section][k] != v and k not in ("compile", "threads")}
     flat = all(c["train"]["decay"] == "none" and not c["chains"]["final_steps"] for c in (old, new))
     if flat and old["train"]["updates"] < new["train"]["updates"]:
         del differing["train.updates"]
@@ -276,12 +276,13 @@ def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None
         if not value <= bound:  # so for NaN
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
 
-def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> bool:
-    """Trains to `config.train.updates`, from the folder's checkpoint if any; False: interrupted."""
+def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> int:
+    """Trains to `config.train.updates`, from the folder's checkpoint if any; 130: interrupted."""
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
     if any(n % ranks for n in (settings.batch, c.buffer)) or (
             config.model.standardise and settings.batch == ranks):  # no deviation of one image
         raise click.UsageError(f"batch, buffer: not multiples of {ranks} processes, or too small")
+    settings.threads and torch.set_num_threads(settings.threads)
     run, floor, other = Run(config, device, rank, ranks), {}, ""
     model, buffer, cuda = run.model, run.buffer, device.type == "cuda"
     rank and torch.distributed.barrier()  # the first process downloads
@@ -420,7 +421,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     say(f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
         if update >= settings.updates else
         f"interrupted; {path} is of the last good update: the same command goes on")
-    return update >= settings.updates
+    return 0 if update >= settings.updates else 130
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
@@ -488,8 +489,7 @@ def train(preset, settings, out, seed, change, data_dir, device):
         atexit.register(torch.distributed.destroy_process_group)
     with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:
         sys.stdout = lock if rank else sys.stdout  # the first process alone prints
-        finished = train_model(config, folder, data_dir, device, preset, change, rank, ranks)
-    sys.exit(0 if finished else 130)
+        sys.exit(train_model(config, folder, data_dir, device, preset, change, rank, ranks))
 
 @main.command()
 @CHECKPOINT

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # as in the processes below: the promise of equal bits is for one count
 TINY = ["channels=[4, 4, 4, 4]", "hidden=8", "latent=4", "steps=2", "batch=16", "buffer=64",
         "precision=float32", "updates=24", "checkpoint_every=4", "log_every=3", "pictures=3",
-        "warmup=5", "average=0.5"]
+        "warmup=5", "average=0.5", "rate=1e-3", "bound=0", "decay=cosine"]
 
 
 @pytest.fixture(autouse=True)
@@ -272,8 +272,12 @@ def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
     assert "train.rate (0.001, now 0.002)" in other.stderr
     assert "model.l2 (0.1, now 0.2)" in other.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    longer = run("train", *tiny("updates=6", "decay=none", "compile=true"), "--out", tmp_path)
+    longer = run("train", *tiny("updates=6", "decay=none", "compile=true", "threads=2"), "--out",
+                 tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for the tests after this one
     assert longer.exit_code == 0, longer.stderr
+    assert threads == 2
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 6
 
 
@@ -292,7 +296,8 @@ def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
     one, two = (cebm.load_checkpoint(tmp_path / name / "ckpt.pt") for name in "ab")
     for part in ("model", "average", "optimiser", "buffer", "generators"):
         same(one[part], two[part], part)
-    more = ("beta1=0.5", "epsilon=1e-4", "steps=3", "precision=bfloat16", "updates=24")
+    more = ("beta1=0.5", "epsilon=1e-4", "steps=3", "precision=bfloat16", "updates=24", "rate=2e-3",
+            "decay=none")
     assert run("train", *changed, *tiny(*more), "--change", "--out", folder).exit_code == 0
     again = run("train", *changed, *tiny(*more), "--out", folder)  # itself no change any more
     assert again.exit_code == 0, again.stderr
@@ -342,7 +347,7 @@ def test_a_change_that_the_weights_cannot_follow_is_refused_and_nothing_is_lost(
 
 
 def test_the_rate_rises_in_the_warm_up_and_falls_to_zero_by_a_cosine():
-    train = cebm.compose("quickstart", ["rate=1", "warmup=10", "updates=1000"]).train
+    train = cebm.compose("quickstart", ["rate=1", "decay=cosine", "warmup=10", "updates=1000"]).train
     rates = [cebm.learning_rate(update, train) for update in range(1, 1001)]
     assert rates[:10] == pytest.approx([update / 10 for update in range(1, 11)], rel=1e-3)
     assert rates[500] == pytest.approx(0.5)
@@ -1193,7 +1198,7 @@ def test_the_literal_preset_differs_in_the_step_and_the_two_noises_alone():
     (["--set", "likelihood=gauss"], "one of bernoulli, continuous_bernoulli"),
     (["--set", "channels={a: [}"], "is not a YAML value"),
     (["--set", "compile=!!bool maybe"], "is not a YAML value"),
-    (["--set", "buffer=63"], "must not exceed chains.buffer"),
+    (["--set", "buffer=7"], "must not exceed chains.buffer"),
     (["--set", "image=[1, 4, 4]"], "at least 8 x 8"),
     (["--device", "abacus"], "--device abacus: "),
     (["--seed", "-1"], "seed"),
