@@ -222,8 +222,8 @@ def claimed(folder: Path):
 
 def changes(old: dict, new: dict) -> str:
     """What differs between two configurations, but for a longer run where nothing depends on it."""
-    differing = {f"{section}.{k}": f"({old[section][k]}, now {v})" for section, part in new.items()
-                 for k, v in part.items() if old[section][k] != v and k not in ("compile", "threads")}
+    differing = {f"{s}.{k}": f"({old[s][k]}, now {v})" for s, part in new.items() for k, v in
+                 part.items() if old[s][k] != v and k not in ("compile", "threads")}
     flat = all(c["train"]["decay"] == "none" and not c["chains"]["final_steps"] for c in (old, new))
     if flat and old["train"]["updates"] < new["train"]["updates"]:
         del differing["train.updates"]

@@ -347,7 +347,8 @@ def test_a_change_that_the_weights_cannot_follow_is_refused_and_nothing_is_lost(
 
 
 def test_the_rate_rises_in_the_warm_up_and_falls_to_zero_by_a_cosine():
-    train = cebm.compose("quickstart", ["rate=1", "decay=cosine", "warmup=10", "updates=1000"]).train
+    settings = "rate=1", "decay=cosine", "warmup=10", "updates=1000"
+    train = cebm.compose("quickstart", settings).train
     rates = [cebm.learning_rate(update, train) for update in range(1, 1001)]
     assert rates[:10] == pytest.approx([update / 10 for update in range(1, 11)], rel=1e-3)
     assert rates[500] == pytest.approx(0.5)
