@@ -277,7 +277,7 @@ def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
 
 def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> int:
-    """Trains to `config.train.updates`, from the folder's checkpoint if any; 130: interrupted."""
+    """Trains to `train.updates`, from the folder's checkpoint if any; exit status 0 or 130."""
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
     if any(n % ranks for n in (settings.batch, c.buffer)) or (
             config.model.standardise and settings.batch == ranks):  # no deviation of one image
