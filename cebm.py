@@ -221,7 +221,7 @@ def claimed(folder: Path):
         raise Failure(f"cannot write to {folder}: {why}; choose another --out") from error
 
 def changes(old: dict, new: dict) -> str:
-    """What differs between two configurations, but for a longer run where nothing depends on it."""
+    """What differs of two configurations, but for speed and, where nothing hangs on it, length."""
     differing = {f"{s}.{k}": f"({old[s][k]}, now {v})" for s, part in new.items() for k, v in
                  part.items() if old[s][k] != v and k not in ("compile", "threads")}
     flat = all(c["train"]["decay"] == "none" and not c["chains"]["final_steps"] for c in (old, new))

@@ -55,7 +55,7 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(rows.flatten(0, 2)).view(rows.shape).permute(0, 3, 1, 2)
 
 class PixelGradient(torch.autograd.Function):
-    """A 3x3 convolution whose gradient is by pixels alone: without AMX oneDNN's takes longer."""
+    """A 3x3 convolution whose gradient is by pixels alone: on a Zen 4 oneDNN's takes longer."""
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(weight)

@@ -4,9 +4,9 @@
 
 `naive` is the loop of the public code bases: float32, contiguous, parameters that ask for
 gradients, `autograd.grad` a step. `reference` is `sampling.langevin`, `float32` and `bfloat16` are
-what `train` runs with either precision (on a GPU compiled, and as CUDA graphs), the latter only
-where the hardware multiplies in it. The matrix rate is that of a 2048 x 2048 product in the same
-precision, in turn with the rest.
+what `train` runs with either precision (on a GPU compiled, and as CUDA graphs; without a preset's
+`bound`, `average` and `threads`), the latter only where the hardware multiplies in it. The matrix
+rate is that of a 2048 x 2048 product in the same precision, in turn with the rest.
 """
 
 import json
