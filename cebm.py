@@ -273,7 +273,7 @@ def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None
     for name, value in greatest.items():
         healthy = max(floor.get(name, math.inf), level.get(name, 0.0))
         bound = min(guard.energy_bound, guard.runaway * healthy)
-        if not value <= bound:  # so for NaN
+        if not value <= bound or (name == "gap" and not value):  # NaN too; a dead network's gap
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
 
 def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> int:

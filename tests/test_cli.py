@@ -562,6 +562,7 @@ def test_bounds_are_multiples_of_the_level_or_the_floor_and_numbers_alone_are_wi
             ("gap", 89, {}, False), ("gap", 91, {}, True),  # the floor, 30, three times
             ("gap", 179, {"gap": 60.0}, False), ("gap", 181, {"gap": 60.0}, True),
             ("gap", 89, {"gap": 1.0}, False), ("gap", 1.1e6, {"gap": 1e6}, True),
+            ("gap", 0.0, {}, True), ("gap", 1e-30, {}, False),  # the same energy for all images
             ("loss", 9e5, {}, False), ("loss", 1.1e6, {}, True), ("loss", float("nan"), {}, True)]:
         why = cebm.out_of_bounds({"first": 0.0, name: value}, level, {"gap": 30.0}, guard)
         assert (why or "").startswith(f"{name} of magnitude") == past == bool(why)
@@ -575,6 +576,20 @@ def test_the_guard_says_what_ran_away(tmp_path, narrow, name):
     assert result.exit_code == 1
     assert f": {name}" in result.stderr
     assert "of magnitude" in result.stderr
+
+
+def test_a_network_whose_energies_have_become_all_the_same_goes_back(tmp_path):
+    settings = tiny("decay=none", "every=4")
+    assert run("train", *settings, "--set", "updates=8", "--out", tmp_path).exit_code == 0
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
+    for value in state["model"].values():
+        value.zero_()  # a dead one: no gradient moves it any more
+    torch.save(state, tmp_path / "ckpt.pt")
+    result = run("train", *settings, "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "update 12: gap of magnitude 0 " in result.stdout
+    assert "back to update 4" in result.stdout
+    assert float(rows(tmp_path)[-1]["gap"])
 
 
 DIVERGING = tiny("rate=0.5", "warmup=0", "decay=none", "updates=32", "guard.every=1")
