@@ -268,12 +268,12 @@ class Run:
             self.buffer.images.copy_(shares[self.rank])
         self.generator.set_state(state["generators"][self.rank])
 
-def out_of_bounds(greatest: dict, was: dict, floor: dict, guard) -> str | None:
+def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None:
     """Which of the greatest magnitudes since the last check is past what is healthy, if any."""
     for name, value in greatest.items():
-        level, least = was.get(name, 0.0), floor.get(name, math.inf)
-        bound = min(guard.energy_bound, guard.runaway * max(least, level))
-        if not value <= bound or (name == "gap" and value == 0 < level):  # NaN too; a dead network
+        healthy = max(floor.get(name, math.inf), level.get(name, 0.0))
+        bound = min(guard.energy_bound, guard.runaway * healthy)
+        if not value <= bound or (name == "gap" and value == 0 < level.get(name, 0)):  # NaN; dead
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
 
 def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> int:
