@@ -269,12 +269,12 @@ class Run:
         self.generator.set_state(state["generators"][self.rank])
 
 def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None:
-    """Which of the greatest magnitudes since the last checkpoint is not healthy, if any."""
+    """Which of the greatest magnitudes since the last check is past what is healthy, if any."""
     for name, value in greatest.items():
-        healthy = max(floor.get(name, math.inf), there := level.get(name, 0.0))
-        low, high = 1e-4 * there * (name == "gap"), min(guard.energy_bound, guard.runaway * healthy)
-        if not low <= value <= high:  # or NaN; a dead network's energies are all the same
-            return f"{name} of magnitude {value:.3g} (the bounds are {low:.3g} and {high:.3g})"
+        healthy = max(floor.get(name, math.inf), level.get(name, 0.0))
+        bound = min(guard.energy_bound, guard.runaway * healthy)
+        if not value <= bound or (name == "gap" and value == 0 < level.get(name, 0)):  # NaN; dead
+            return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
 
 def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> int:
     """Trains to `train.updates`, from the folder's checkpoint if any; exit status 0 or 130."""
