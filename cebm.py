@@ -269,7 +269,7 @@ class Run:
         self.generator.set_state(state["generators"][self.rank])
 
 def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None:
-    """Which of the greatest magnitudes since the last check is past what is healthy, if any."""
+    """Which of the greatest magnitudes since the last checkpoint is not healthy, if any."""
     for name, value in greatest.items():
         healthy = max(floor.get(name, math.inf), level.get(name, 0.0))
         bound = min(guard.energy_bound, guard.runaway * healthy)
