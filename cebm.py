@@ -122,18 +122,18 @@ def compose(preset: str, settings=()) -> Config:
         raise click.UsageError(f"no preset {preset!r}{_nearest(preset, PRESETS)}")
     return parse_config(_tree(*PRESETS[preset][:2], PRESETS[preset][2] | chosen))
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces `path`, in a folder made if absent; a crash leaves the old or the new, whole."""
+def write_whole(path: Path, content: bytes | None) -> None:
+    """Replaces `path`, in a folder made if absent, whole or not at all; None: tries if it could."""
     draft = path.parent / (path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise OSError(0, "not a regular file")
         with open(draft, "wb") as file:
-            file.write(content)
+            file.write(content or b"")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        draft.unlink() if content is None else os.replace(draft, path)
         with suppress(OSError):  # not every file system can; the file is there already
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
@@ -435,7 +435,9 @@ def _device(_context, _parameter, name: str):
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
-FILE, OUT = click.Path(exists=True, dir_okay=False), click.Path(dir_okay=False)
+FILE = click.Path(exists=True, dir_okay=False)
+OUT = partial(click.option, metavar="FILE", callback=lambda _context, _parameter, path: path and (
+    write_whole(Path(path), None) or path))  # refused before the work, not after it
 CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", help="Where data are, or are downloaded to.")
 DEVICE = click.option("--device", default="auto", callback=_device, help="cpu or cuda.")
@@ -502,7 +504,7 @@ def train(preset, settings, out, seed, change, data_dir, device):
               help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).")
 @click.option("--count", type=click.IntRange(1, 1000), default=64)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
-@click.option("--out", type=OUT, default="samples.png")
+@OUT("--out", default="samples.png")
 @DATA_DIR
 @DEVICE
 def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir, device):
@@ -546,7 +548,7 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
 
 @table_command
 @click.option("--limit", type=click.IntRange(1), help="At most N training images, evenly spaced.")
-@click.option("--plot", type=OUT, help="The last CKPT's confusion matrix as a PNG.")
+@OUT("--plot", help="The last CKPT's confusion matrix as a PNG.")
 @click.option("--whiten", is_flag=True, help="Bring latents' principal directions to one scale.")
 def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
     """Exact 1-nearest-neighbour test accuracy (supplement E.1), in percent.
@@ -615,8 +617,8 @@ def ood(model, config, train, test, data_dir, device, against):
 @main.command()
 @CHECKPOINT
 @click.option("--split", type=click.Choice(["train", "test"]), default="test")
-@click.option("--map", type=OUT, help="A picture of the means too: UMAP if installed, else PCA.")
-@click.option("--out", type=OUT, default="latents.npz")
+@OUT("--map", help="A picture of the means too: UMAP if installed, else PCA.")
+@OUT("--out", default="latents.npz")
 @DATA_DIR
 @DEVICE
 def export(checkpoint, split, map, out, data_dir, device):

@@ -4,8 +4,7 @@ p(x) is proportional to exp(-E(x)): low energy is likely, chains descend E. Natu
 and statistics `t` are tensors (..., S, D), S statistics for each of D latent dimensions: a
 posterior's parameters are `lam + t(x)`. Images x (B, C, H, W) in [-1, 1], latents z (B, D), labels
 y (B,), energies (B,), at least float32. A `loss` is a scalar and its parts for the log; `chain`
-says how its `chains` move, None that it has none.
-"""
+says how its `chains` move, None that it has none."""
 
 import math
 from itertools import pairwise, product

@@ -1,8 +1,7 @@
 """Langevin dynamics on an energy (chains descend E), block Gibbs and the replay buffer.
 
 `langevin` is the reference, `fast_langevin` the same chain with frozen parameters, channels-last
-memory and, where it pays, bfloat16; on a GPU compiled and one `Graph`. Chains are (B, C, H, W).
-"""
+memory and, where it pays, bfloat16; on a GPU compiled and one `Graph`. Chains are (B, C, H, W)."""
 
 import ctypes
 import warnings
