@@ -435,10 +435,9 @@ def _device(_context, _parameter, name: str):
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
-FILE = click.Path(exists=True, dir_okay=False)
+CKPT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
 OUT = partial(click.option, metavar="FILE", callback=lambda _context, _parameter, path: path and (
     write_whole(Path(path), None) or path))  # refused before the work, not after it
-CHECKPOINT = click.argument("checkpoint", type=FILE, metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", help="Where data are, or are downloaded to.")
 DEVICE = click.option("--device", default="auto", callback=_device, help="cpu or cuda.")
 
@@ -457,8 +456,7 @@ def table_command(figures):
             if rows:
                 click.echo(json.dumps(rows) if form == "json" else evaluate.table(rows, bool(form)))
     command.__dict__ |= figures.__dict__  # its click options
-    for option in (click.argument("checkpoints", type=FILE, nargs=-1, required=True,
-                                  metavar="CKPT..."), DATA_DIR,
+    for option in (CKPT("checkpoints", nargs=-1, required=True, metavar="CKPT..."), DATA_DIR,
                    click.option("--json", "form", flag_value="json", help="For a program."), DEVICE,
                    click.option("--markdown", "form", flag_value="markdown", help="For a README.")):
         command = option(command)
@@ -494,11 +492,11 @@ def train(preset, settings, out, seed, change, data_dir, device):
         sys.exit(train_model(config, folder, data_dir, device, preset, change, rank, ranks))
 
 @main.command()
-@CHECKPOINT
+@CKPT("checkpoint")
 @click.option("--from", "source", type=click.Choice(["buffer", "noise"]), default="buffer",
               help="Where chains start; a buffer has at most its own number.")
 @click.option("--given", type=click.IntRange(1, 1000), metavar="N",
-              help="Draw from p(x | z), z the latents of each of the first N test images.")
+              help="Draw from p(x | z), z the latents of each of N test images, evenly spaced.")
 @click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")
 @click.option("--refine", type=click.IntRange(0), metavar="STEPS",
               help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).")
@@ -516,12 +514,14 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
     draws, infers = hasattr(model, "decode"), hasattr(model, "posterior")  # no chains; p(z | x)
     wrong = {"--refine": refine and name != "gan", "--given": given and not infers,
-             "--steps": draws and steps is not None, "--from": draws and source == "noise"}
+             "--steps": draws and steps is not None, "--from": draws and source == "noise",
+             "--steps with --given": steps is not None and given and model.chain == "gibbs"}
     for option in filter(wrong.get, wrong):
         raise click.UsageError(f"{option} is not for {name}")
     chain = c.step_size, c.noise_std, (rng := torch.Generator(device).manual_seed(seed + 500_009))
     if given:
-        originals = data.normalise(load_images(config, "test", data_dir)[0][:given])
+        parts = load_images(config, "test", data_dir)[0].tensor_split(given)  # a folder is sorted
+        originals = data.normalise(torch.cat([part[:1] for part in parts]))
         count, z = len(originals), model.represent(originals.to(device)).detach()  # (N, D)
     if draws:
         with evaluate.seeded(seed + 500_008, device):  # not the numbers of weights or of training
@@ -615,7 +615,7 @@ def ood(model, config, train, test, data_dir, device, against):
             for name, scores in zip(others, outside, strict=True) for k in inside}
 
 @main.command()
-@CHECKPOINT
+@CKPT("checkpoint")
 @click.option("--split", type=click.Choice(["train", "test"]), default="test")
 @OUT("--map", help="A picture of the means too: UMAP if installed, else PCA.")
 @OUT("--out", default="latents.npz")

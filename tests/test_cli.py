@@ -1082,6 +1082,9 @@ def test_presets_at_their_true_size_train_resume_and_are_evaluated(
     if model not in ("igebm", "jem", "hdge", "gan"):  # there the latter alone is wrong
         result = run("sample", checkpoint, "--given", 3, "--refine", 2)
         assert f"--refine is not for {model}" in result.stderr
+    if model in ("rbm", "efh"):  # one sweep draws from p(x | z)
+        result = run("sample", checkpoint, "--given", 3, "--steps", 2)
+        assert f"--steps with --given is not for {model}" in result.stderr
     row = json.loads(run("knn", checkpoint, "--json").stdout)[0]
     assert (row["model"], row["updates"]) == (model, 2)
     assert ("accuracy" in row) == (model in ("jem", "hdge"))
@@ -1459,6 +1462,11 @@ def test_a_folder_of_images_trains_and_is_evaluated(tmp_path):
     few = run("knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json",
               "--limit", 4)
     assert json.loads(few.stdout)[0]["pixel"] == 100  # two of each class, though files are sorted
+    shown = tmp_path / "given.png"
+    run("sample", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--given", 2,
+        "--steps", 1, "--out", shown)
+    picture = np.asarray(Image.open(shown).convert("L"))  # one of each class, likewise
+    assert picture[2:18, 2:18].max() < 128 <= picture[2:18, 20:36].min()
     row = json.loads(run("probe", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images",
                          "--json").stdout)[0]
     assert [key for key in row if key.isdigit()] == ["1", "10"]  # there are ten a class
