@@ -420,7 +420,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     knn = f"python cebm.py knn {path}" + f" --data-dir {data_dir}" * (config.data.name != "glyphs")
     say(f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
         if update >= settings.updates else
-        f"interrupted; {path} is of the last good update: the same command goes on")
+        f"interrupted; {f'{path} has the good updates: ' * path.exists()}the same command goes on")
     return 0 if update >= settings.updates else 130
 
 def _device(_context, _parameter, name: str):

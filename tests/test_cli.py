@@ -635,6 +635,12 @@ def test_ctrl_c_on_weights_that_are_not_numbers_keeps_the_last_checkpoint(tmp_pa
     assert run("train", *settings, "--out", parts).exit_code == 0
     assert_same_run(whole, parts)
     assert cebm.load_checkpoint(parts / "ckpt.pt")["rollbacks"][0]["to"] == 8
+    monkeypatch.undo()
+    poisoned_once(monkeypatch, 2, "gradient", stop=4)  # before there is a checkpoint
+    early = run("train", *settings, "--out", tmp_path / "early")
+    assert early.exit_code == 130
+    assert "ckpt.pt" not in early.stdout
+    assert not (tmp_path / "early/ckpt.pt").exists()
 
 
 def test_a_run_made_longer_rolls_back_as_one_that_was_as_long_from_the_start(
