@@ -123,19 +123,20 @@ def compose(preset: str, settings=()) -> Config:
     return parse_config(_tree(*PRESETS[preset][:2], PRESETS[preset][2] | chosen))
 
 def write_whole(path: Path, content: bytes | None) -> None:
-    """Replaces `path`, in a folder made if absent, whole or not at all; None: tries if it could."""
-    draft = path.parent / (path.name + ".part")
+    """Replaces `path`, or what it links to, whole or not at all; None: tries if a result could."""
+    target = Path(os.path.realpath(path))
+    draft = target.parent / (target.name + (".try" if content is None else ".part"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise OSError(0, "not a regular file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (content is None and target.suffix == ".pt") or (path.exists() and not path.is_file()):
+            raise OSError(0, "it is no regular file, or named as a checkpoint")
         with open(draft, "wb") as file:
             file.write(content or b"")
             file.flush()
             os.fsync(file.fileno())
-        draft.unlink() if content is None else os.replace(draft, path)
+        draft.unlink(missing_ok=True) if content is None else os.replace(draft, target)
         with suppress(OSError):  # not every file system can; the file is there already
-            folder = os.open(path.parent, os.O_RDONLY)
+            folder = os.open(target.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
     except OSError as error:
@@ -420,7 +421,7 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
     knn = f"python cebm.py knn {path}" + f" --data-dir {data_dir}" * (config.data.name != "glyphs")
     say(f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
         if update >= settings.updates else
-        f"interrupted; {f'{path} has the good updates: ' * path.exists()}the same command goes on")
+        f"interrupted; {'the same command goes on from' if path.exists() else 'nothing at'} {path}")
     return 0 if update >= settings.updates else 130
 
 def _device(_context, _parameter, name: str):
@@ -436,8 +437,8 @@ def _device(_context, _parameter, name: str):
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 CKPT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
-OUT = partial(click.option, metavar="FILE", callback=lambda _context, _parameter, path: path and (
-    write_whole(Path(path), None) or path))  # refused before the work, not after it
+OUT = partial(click.option, metavar="FILE", callback=lambda _context, _parameter, path: path if (
+    path is None) else write_whole(Path(path), None) or path)  # refused before the work
 DATA_DIR = click.option("--data-dir", default="data", help="Where data are, or are downloaded to.")
 DEVICE = click.option("--device", default="auto", callback=_device, help="cpu or cuda.")
 
@@ -628,6 +629,8 @@ def export(checkpoint, split, map, out, data_dir, device):
 
     Example: python cebm.py export runs/quickstart/ckpt.pt --map map.png
     """
+    if map and os.path.realpath(map) == os.path.realpath(out):
+        raise click.UsageError(f"--map and --out are both {map}")
     model, config, _ = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
     columns = {"mean": model.represent, "energy": getattr(model, "energy", None), "std": hasattr(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import yaml
 from click import ClickException as DataError  # one message on stderr, exit status 1
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 # torchvision's class, and the images of each split
@@ -71,7 +72,6 @@ def _public(name: str, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
     return images, labels
 
 def _folder(root: Path, split: str, image_shape) -> tuple[Tensor, Tensor]:
-    from PIL import Image
     from torchvision.datasets import ImageFolder
     channels, (height, width) = 1 if image_shape[0] == 1 else 3, image_shape[1:]
     try:
@@ -100,7 +100,6 @@ def glyphs(split: str) -> tuple[Tensor, Tensor]:
     """The embedded set: 10,000 training and 2,000 test digits (1, 28, 28), drawn from a fixed seed.
     The strokes of configs.yaml are jittered, joined by cubic splines, slanted, turned, scaled,
     shifted, and inked with a pen of random width. Callers share the tensors, read-only."""
-    from PIL import Image, ImageDraw
     from scipy.interpolate import CubicSpline
     book = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]

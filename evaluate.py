@@ -4,6 +4,7 @@ import io
 from contextlib import contextmanager
 
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data import normalise
@@ -109,14 +110,12 @@ def png(picture) -> bytes:
 
 def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     """Images (N, C, H, W) clipped to [-1, 1] as a grid of `columns` (near square if None)."""
-    from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
     grid = make_grid(images.float().cpu().clamp(-1, 1), columns or round(len(images) ** 0.5))
-    return png(to_pil_image(grid.add(1).mul(127.5).round().byte()))
+    return png(Image.fromarray(grid.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy()))
 
 def confusion_png(counts: Tensor, names: list[str], cell: int = 60) -> bytes:
     """Counts (K, K), rows true and columns predicted, as a picture shaded by share of the row."""
-    from PIL import Image, ImageDraw
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     draw = ImageDraw.Draw(picture := Image.new("L", (cell * (len(names) + 1),) * 2, 255))
     for i, (name, row) in enumerate(zip(["true", *names], [names, *counts.tolist()], strict=True)):
@@ -128,7 +127,6 @@ def confusion_png(counts: Tensor, names: list[str], cell: int = 60) -> bytes:
 
 def map_png(points: Tensor, labels: Tensor, names: list[str], title: str, side: int = 700) -> bytes:
     """Points (N, 2) in class colours, with a legend of the classes and a title."""
-    from PIL import Image, ImageDraw
     low, high = (torch.quantile(points.double(), q, dim=0) for q in (0.002, 0.998))
     places = ((points - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).mul(side - 40).add(20)
     colours = [f"hsv({360 * k // len(names)}, 85%, {90 - k % 2 * 35}%)" for k in range(len(names))]

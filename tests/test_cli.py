@@ -639,7 +639,7 @@ def test_ctrl_c_on_weights_that_are_not_numbers_keeps_the_last_checkpoint(tmp_pa
     poisoned_once(monkeypatch, 2, "gradient", stop=4)  # before there is a checkpoint
     early = run("train", *settings, "--out", tmp_path / "early")
     assert early.exit_code == 130
-    assert "ckpt.pt" not in early.stdout
+    assert "interrupted; nothing at" in early.stdout
     assert not (tmp_path / "early/ckpt.pt").exists()
 
 
@@ -1393,13 +1393,33 @@ def test_pictures_go_only_where_a_file_can_be(trained, tmp_path, monkeypatch, ou
                                                  ("export", "--out"), ("export", "--map")])
 def test_where_nothing_can_be_written_is_refused_before_the_work(tmp_path, command, option):
     (tmp_path / "file").write_text("no checkpoint")
-    result = run(command, tmp_path / "file", option, tmp_path / "file" / "a")
-    assert result.exit_code == 1
-    assert f"cannot write {tmp_path / 'file' / 'a'}" in result.stderr
+    (tmp_path / "file.pt").write_text("a checkpoint")
+    for place in (tmp_path / "file" / "a", tmp_path / "file.pt", ""):
+        result = run(command, tmp_path / "file", option, place)
+        assert result.exit_code == 1
+        assert f"cannot write {place or '.'}" in result.stderr
     (tmp_path / "a").write_text("old")  # where it can be, it waits for what is written
     assert "no whole checkpoint" in run(command, tmp_path / "file", option, tmp_path / "a").stderr
     assert [(p.name, p.read_text()) for p in sorted(tmp_path.iterdir())] == [
-        ("a", "old"), ("file", "no checkpoint")]
+        ("a", "old"), ("file", "no checkpoint"), ("file.pt", "a checkpoint")]
+
+
+def test_latents_and_their_map_are_not_written_to_one_place(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("export", trained / "ckpt.pt", "--out", "a", "--map", tmp_path / "a")
+    assert result.exit_code == 2
+    assert f"--map and --out are both {tmp_path / 'a'}" in result.stderr
+
+
+def test_a_linked_checkpoint_is_written_where_it_lies(trained, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk/big.pt").write_bytes((trained / "ckpt.pt").read_bytes())
+    (tmp_path / "run/ckpt.pt").symlink_to("../disk/big.pt")
+    longer = tiny("updates=25", "decay=none")
+    assert run("train", *longer, "--out", tmp_path / "run", "--change").exit_code == 0
+    assert (tmp_path / "run/ckpt.pt").is_symlink()
+    assert cebm.load_checkpoint(tmp_path / "disk/big.pt")["updates"] == 25
 
 
 @pytest.mark.parametrize("change", [("presets:", "preset:"), ("models:", "model:"),
