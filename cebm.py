@@ -22,12 +22,16 @@ import click
 import yaml
 from click import ClickException as Failure  # one message on stderr, exit status 1
 
+
 class Lazy:
     """A module that is imported when it is first used, so that `--help` answers at once."""
+
     def __init__(self, name: str):
         self._name = name
+
     def __getattr__(self, attribute: str):
         return getattr(importlib.import_module(self._name), attribute)
+
 
 def _tree(model: str, source: str, overrides: dict) -> dict:
     """The sections of a preset: recipes.common, then what the model, its data and trunk set."""
@@ -41,9 +45,11 @@ def _tree(model: str, source: str, overrides: dict) -> dict:
         tree[section][key] = value
     return tree
 
+
 def _nearest(word, known) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
+
 
 def _checked(key: str, value, like, limit):
     """`value` with the type of `like` and within `limit`, or a usage error that names them."""
@@ -53,23 +59,33 @@ def _checked(key: str, value, like, limit):
         for k in set(value) ^ set(like):
             wrong = f"unknown key {key}{k}{_nearest(k, like)}"
             raise click.UsageError(wrong if k in value else f"key {key}{k} is missing")
-        return {k: _checked(f"{key}{k}" + "." * isinstance(v, dict), value[k], v, limit[k])
-                for k, v in like.items()}
+        return {
+            k: _checked(f"{key}{k}" + "." * isinstance(v, dict), value[k], v, limit[k])
+            for k, v in like.items()
+        }
     if isinstance(like, list) and isinstance(value, (list, tuple)) and len(value) == len(like):
         return [_checked(key, v, like[0], limit) for v in value]
     if isinstance(like, float) and type(value) in (int, str):
         with suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 1e-4, without a dot, as a word
     kind = {int: "a whole number", float: "a number"}.get(type(like))
-    if type(value) is type(like) and (limit[0] <= value <= limit[1] if kind  # false for NaN too
-                                      else not isinstance(like, list) and value in limit):
+    if type(value) is type(like) and (
+        limit[0] <= value <= limit[1]
+        if kind  # false for NaN too
+        else not isinstance(like, list) and value in limit
+    ):
         return value
-    wanted = f"one of {', '.join(map(str, limit))}" if isinstance(like, (str, bool)) else (
-        f"{kind or f'a list of {len(like)} numbers, each'} from {limit[0]:,} to {limit[1]:,}")
+    wanted = (
+        f"one of {', '.join(map(str, limit))}"
+        if isinstance(like, (str, bool))
+        else (f"{kind or f'a list of {len(like)} numbers, each'} from {limit[0]:,} to {limit[1]:,}")
+    )
     raise click.UsageError(f"{key} = {value!r}: it has to be {wanted}")
 
+
 torch, np, data, evaluate, models, sampling = map(
-    Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling"))
+    Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling")
+)
 FORMAT = 7  # of the checkpoint; another number is refused
 CHAINLESS = "vae", "gan", "hdge"  # how the names of models without chains end
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # ranks of others are not ours
@@ -77,18 +93,24 @@ try:
     BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
     COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
     # A frozen dataclass a section: keys and types of recipes.common, whose bounds are in `limits`.
-    SECTIONS = {name: make_dataclass(name, ((k, type(v)) for k, v in values.items()), frozen=True)
-                for name, values in COMMON.items()}
+    SECTIONS = {
+        name: make_dataclass(name, ((k, type(v)) for k, v in values.items()), frozen=True)
+        for name, values in COMMON.items()
+    }
     Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
     PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
     PRESETS |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
-    PRESETS |= {f"{base}-{v}": (*PRESETS[base][:2], PRESETS[base][2] | kind["set"] | extra)
-                for v, kind in BOOK["variants"].items() for base, extra in kind["of"].items()}
+    PRESETS |= {
+        f"{base}-{v}": (*PRESETS[base][:2], PRESETS[base][2] | kind["set"] | extra)
+        for v, kind in BOOK["variants"].items()
+        for base, extra in kind["of"].items()
+    }
     for preset in PRESETS.values():
         _checked("", _tree(*preset), COMMON, LIMITS)
 except (OSError, LookupError, AttributeError, TypeError, ValueError, Failure, yaml.YAMLError) as e:
     sys.exit("Error: configs.yaml: " + " ".join(repr(e).split()))
 as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
+
 
 def parse_config(tree) -> Config:
     """A plain dictionary of sections -> frozen `Config`; UsageError names what is wrong."""
@@ -100,9 +122,12 @@ def parse_config(tree) -> Config:
         wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
         raise click.UsageError(f"data.image = {image}: {name} is for images of {wanted} pixels")
     if config.train.batch > config.chains.buffer and not name.endswith(CHAINLESS):
-        raise click.UsageError(f"train.batch = {config.train.batch} must not exceed chains.buffer "
-                               f"= {config.chains.buffer}, a slot for each chain")
+        raise click.UsageError(
+            f"train.batch = {config.train.batch} must not exceed chains.buffer "
+            f"= {config.chains.buffer}, a slot for each chain"
+        )
     return config
+
 
 def compose(preset: str, settings=()) -> Config:
     """The configuration of `preset` with KEY=VALUE `settings` over it; keys as `train.rate`."""
@@ -121,6 +146,7 @@ def compose(preset: str, settings=()) -> Config:
     if preset not in PRESETS:
         raise click.UsageError(f"no preset {preset!r}{_nearest(preset, PRESETS)}")
     return parse_config(_tree(*PRESETS[preset][:2], PRESETS[preset][2] | chosen))
+
 
 def write_whole(path: Path, content: bytes | None) -> None:
     """Replaces `path`, or what it links to, whole or not at all; None: tries if a result could."""
@@ -144,6 +170,7 @@ def write_whole(path: Path, content: bytes | None) -> None:
             draft.unlink(missing_ok=True)
         raise Failure(f"cannot write {path}: {error.strerror}; what was there is intact") from error
 
+
 def load_checkpoint(path) -> dict:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
     try:
@@ -164,6 +191,7 @@ def load_checkpoint(path) -> dict:
         reason = getattr(error, "message", getattr(error, "strerror", type(error).__name__))
     raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}): take another copy")
 
+
 def load_model(path, device="cpu"):
     """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
     state = load_checkpoint(path)
@@ -174,6 +202,7 @@ def load_model(path, device="cpu"):
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
 
+
 def new_model(config, device, training=False):
     """The untrained model of `config`: the same seed, the same weights. Failure beyond memory."""
     build = partial(models.build, config.model, config.data.image, config.data.classes)
@@ -182,13 +211,17 @@ def new_model(config, device, training=False):
     if training:  # gradients, moments, two snapshots; chains; activations
         maps = 2 * sum(width / 4**i for i, width in enumerate(config.model.channels))
         weights = 12 * weights + math.prod(config.data.image[1:]) * (
-            4 * config.data.image[0] * config.chains.buffer + maps * config.train.batch)
+            4 * config.data.image[0] * config.chains.buffer + maps * config.train.batch
+        )
     need, memory = 4 * weights, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.device(device).type == "cpu" and need > memory:
-        raise Failure(f"model, batch or buffer need {need / 2**30:,.0f} GiB of memory, here are "
-                      f"{memory / 2**30:.0f}: choose smaller ones")
+        raise Failure(
+            f"model, batch or buffer need {need / 2**30:,.0f} GiB of memory, here are "
+            f"{memory / 2**30:.0f}: choose smaller ones"
+        )
     with evaluate.seeded(config.train.seed, torch.device("cpu")):
         return build().to(device, memory_format=torch.channels_last)
+
 
 def load_images(config, split: str, data_dir: str):
     """uint8 images and labels of the data that `config` names."""
@@ -198,17 +231,20 @@ def load_images(config, split: str, data_dir: str):
         raise Failure(f"{c.name}: {found} classes, not {c.classes} (train --set classes={found})")
     return images, labels
 
+
 def learning_rate(update: int, train, halvings: int = 0) -> float:
     """The rate of update 1, 2, ...: linear warm-up, then constant or a cosine to 0."""
     angle = math.pi * (update - 1) / train.updates if train.decay == "cosine" else 0.0
     rate = train.rate * min(1.0, update / max(1, train.warmup)) * 0.5 * (1 + math.cos(angle))
     return rate * 0.5 ** max(0, halvings)
 
+
 @lru_cache(1)
 def epoch_order(seed: int, epoch: int, count: int, device):
     """The order of `count` images in an epoch, on the device: the one wait for it in an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).to(device)
+
 
 def claimed(folder: Path):
     """Makes `folder` and locks it against a second `train`, until what it returns is closed."""
@@ -221,30 +257,48 @@ def claimed(folder: Path):
         why = "in use by another `train`" if isinstance(error, BlockingIOError) else error.strerror
         raise Failure(f"cannot write to {folder}: {why}; choose another --out") from error
 
+
 def changes(old: dict, new: dict) -> str:
     """What differs of two configurations, but for speed and, where nothing hangs on it, length."""
-    differing = {f"{s}.{k}": f"({old[s][k]}, now {v})" for s, part in new.items() for k, v in
-                 part.items() if old[s][k] != v and k not in ("compile", "threads")}
+    differing = {
+        f"{s}.{k}": f"({old[s][k]}, now {v})"
+        for s, part in new.items()
+        for k, v in part.items()
+        if old[s][k] != v and k not in ("compile", "threads")
+    }
     flat = all(c["train"]["decay"] == "none" and not c["chains"]["final_steps"] for c in (old, new))
     if flat and old["train"]["updates"] < new["train"]["updates"]:
         del differing["train.updates"]
     return ", ".join(f"{k} {how}" for k, how in differing.items())
 
+
 class Run:
     """What training changes: model, optimiser, chains, random numbers, the weights' average. Of
     several processes (`torchrun`) each has a share of the buffer and a generator of its own."""
+
     def __init__(self, config, device, rank: int, ranks: int):
         train, c, cuda = config.train, config.chains, device.type == "cuda"
         self.rank, self.ranks, self.model = rank, ranks, new_model(config, device, True)
-        self.generator = torch.cuda.default_generators[device.index or 0] if cuda else (
-            torch.default_generator)  # some losses draw from it too
+        self.generator = (
+            torch.cuda.default_generators[device.index or 0] if cuda else (torch.default_generator)
+        )  # some losses draw from it too
         torch.manual_seed(train.seed + 1_000_003 * (rank + 1))  # not the numbers of the weights
-        self.adam = torch.optim.Adam(self.model.parameters(), train.rate, fused=cuda or None,
-                                     betas=(train.beta1, train.beta2), eps=train.epsilon)
+        self.adam = torch.optim.Adam(
+            self.model.parameters(),
+            train.rate,
+            fused=cuda or None,
+            betas=(train.beta1, train.beta2),
+            eps=train.epsilon,
+        )
         self.parts = {"model": self.model, "optimiser": self.adam}
         self.buffer = self.model.chain and sampling.ReplayBuffer(
-            c.buffer // ranks, config.data.image, c.reuse, self.generator, c.data_restarts,
-            c.restart_std)
+            c.buffer // ranks,
+            config.data.image,
+            c.reuse,
+            self.generator,
+            c.data_restarts,
+            c.restart_std,
+        )
         self.parts |= {"average": copy.deepcopy(self.model)} if train.average else {}
         self.model.forward = self.loss = self.model.loss
         if ranks > 1:  # gradients are averaged where the model is called
@@ -257,7 +311,8 @@ class Run:
             torch.distributed.all_gather_object(parts := parts * self.ranks, parts[0])
         return copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()}) | {
             "buffer": self.buffer and torch.cat([images for images, _ in parts]),
-            "generators": [generator for _, generator in parts]}
+            "generators": [generator for _, generator in parts],
+        }
 
     def restore(self, state: dict) -> None:
         """Goes on from a snapshot, which stays as it is."""
@@ -269,6 +324,7 @@ class Run:
             self.buffer.images.copy_(shares[self.rank])
         self.generator.set_state(state["generators"][self.rank])
 
+
 def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None:
     """Which of the greatest magnitudes since the last checkpoint is not healthy, if any."""
     for name, value in greatest.items():
@@ -277,11 +333,13 @@ def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None
         if not value <= bound or (name == "gap" and value == 0 < level.get(name, 0)):  # NaN; dead
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
 
+
 def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> int:
     """Trains to `train.updates`, from the folder's checkpoint if any; exit status 0 or 130."""
     settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
     if any(n % ranks for n in (settings.batch, c.buffer)) or (
-            config.model.standardise and settings.batch == ranks):  # no deviation of one image
+        config.model.standardise and settings.batch == ranks
+    ):  # no deviation of one image
         raise click.UsageError(f"batch, buffer: not multiples of {ranks} processes, or too small")
     settings.threads and torch.set_num_threads(settings.threads)
     run, floor, other = Run(config, device, rank, ranks), {}, ""
@@ -295,32 +353,57 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         pixels = guard.pixels + 4 * c.noise_std * math.sqrt(max(c.steps, c.final_steps))
         floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
     now = {"updates": 0, "level": {}, "greatest": torch.zeros(()), **run.snapshot()}
-    kept = {"good": now, "candidate": now, "seconds": 0.0, "log": "", "rollbacks": [],
-            "precision": "bfloat16" if sampling.bfloat16_pays(device) else "float32"}
+    kept = {
+        "good": now,
+        "candidate": now,
+        "seconds": 0.0,
+        "log": "",
+        "rollbacks": [],
+        "precision": "bfloat16" if sampling.bfloat16_pays(device) else "float32",
+    }
     if path.exists() or change:
         state = load_checkpoint(path)
         other = changes(state["config"], asdict(config))
         if other and (not change or "model.name" in other or "train.seed" in other):
-            raise Failure(f"{path} has other settings, {other}: choose another --out, or, but for "
-                          "the model's name and the seed, --change")
+            raise Failure(
+                f"{path} has other settings, {other}: choose another --out, or, but for "
+                "the model's name and the seed, --change"
+            )
         try:
             preset = state["preset"] + (other and f"; from update {state['updates']} on {other}")
             if (there := len(state["generators"])) != ranks:
-                raise Failure(f"{path} is of a run of {there} processes, here are {ranks}: go on "
-                              f"with torchrun --nproc-per-node={there}, or choose another --out")
+                raise Failure(
+                    f"{path} is of a run of {there} processes, here are {ranks}: go on "
+                    f"with torchrun --nproc-per-node={there}, or choose another --out"
+                )
             state.setdefault("average", state["model"])  # of a --change that begins one
             "train.precision" in other and state.update(precision=kept["precision"])  # if auto now
             now, kept = ({key: state[key] for key in part} for part in (now, kept))
             run.restore(now)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise Failure(f"{path} cannot be gone on from, a part is missing or of another shape "
-                          f"or device ({error!r:.80}): choose another --out") from error
+            raise Failure(
+                f"{path} cannot be gone on from, a part is missing or of another shape "
+                f"or device ({error!r:.80}): choose another --out"
+            ) from error
     kept |= {"precision": settings.precision} if settings.precision != "auto" else {}
     write = write_whole if rank == 0 else lambda *_: None
     write(folder / "config.yaml", as_yaml(asdict(config)).encode())
     bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
-    mover = lru_cache(1)(lambda steps: sampling.mover(model, model.energy, steps, c.step_size,
-        c.noise_std, run.generator, cuda, settings.compile, bfloat16=bfloat16, bound=c.bound))
+    mover = lru_cache(1)(
+        lambda steps: sampling.mover(
+            model,
+            model.energy,
+            steps,
+            c.step_size,
+            c.noise_std,
+            run.generator,
+            cuda,
+            settings.compile,
+            bfloat16=bfloat16,
+            bound=c.bound,
+        )
+    )
+
     def learn(rate, x, y, *chains):  # moves the weights and their average: figures of `names`
         run.adam.param_groups[0].update(lr=rate, capturable=cuda)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -335,33 +418,54 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         metrics |= {f"pixel_{end}": getattr(x, end)() for x in chains for end in ("min", "max")}
         names[:] = "loss", *metrics
         return torch.stack([loss, *metrics.values()]).detach()
-    learner = lru_cache(1)(lambda rollbacks:  # the optimiser's state is another after each
-                           sampling.Graph([learn], run.generator) if cuda and ranks == 1 else learn)
+
+    learner = lru_cache(1)(
+        lambda rollbacks: (  # the optimiser's state is another after each
+            sampling.Graph([learn], run.generator) if cuda and ranks == 1 else learn
+        )
+    )
     draws = settings.pictures if buffer or hasattr(model, "generate") else 0
     started, made, interrupted, names, share = time.monotonic(), 0, [], [], 1 - settings.average
     for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
         signal.signal(number, lambda *_: interrupted.append(1))
+
     def save() -> None:
-        torch.save({**now, **kept, "format": FORMAT, "preset": preset, "config": asdict(config),
-                    "seed": settings.seed, "device": device.type, "torch": str(torch.__version__),
-                    "python": sys.version.split()[0]}, content := io.BytesIO())
+        torch.save(
+            {
+                **now,
+                **kept,
+                "format": FORMAT,
+                "preset": preset,
+                "config": asdict(config),
+                "seed": settings.seed,
+                "device": device.type,
+                "torch": str(torch.__version__),
+                "python": sys.version.split()[0],
+            },
+            content := io.BytesIO(),
+        )
         write(path, content.getbuffer())
+
     def say(line: str) -> None:
         try:
             click.echo(line)
         except OSError:  # of `train | tee log` Ctrl-C ends tee first; a full disk: save, then end
             interrupted.append(os.dup2(os.open(os.devnull, os.O_WRONLY), 1))
+
     path.exists() and say(f"going on after update {now['updates']} of {path}")
     say(f"{settings.updates} updates in {kept['precision']}; every {settings.log_every}:")
     update, greatest = now["updates"], now["greatest"].to(device)  # 0, then one a metric
     other and save()  # also where no update is left
     while update < settings.updates:
         if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
-            raise Failure("diverged {} times, last at update {update}: {why}. {} is good, of update"
-                          " {to}. Choose another --out and a lower train.rate or more chains.steps"
-                          .format(len(rollbacks), path, **rollbacks[-1]))
+            raise Failure(
+                "diverged {} times, last at update {update}: {why}. {} is good, of update"
+                " {to}. Choose another --out and a lower train.rate or more chains.steps".format(
+                    len(rollbacks), path, **rollbacks[-1]
+                )
+            )
         epoch, position = divmod(update, len(images) // settings.batch)
-        order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch:]
+        order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch :]
         chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
         rate = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
         x = data.normalise(images[chosen]).contiguous(memory_format=torch.channels_last)
@@ -389,9 +493,13 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         stop = stop or (ranks == 1 and interrupted)
         reason and rollbacks.append({"update": update, "to": old["updates"], "why": reason})
         if update % settings.log_every == 0 or last or reason:
-            row = {"update": update, **dict(zip(names, figures.tolist(), strict=True)),
-                   "rollbacks": len(rollbacks), "seconds": round(kept["seconds"], 1),
-                   "updates_per_second": round(made / (kept["seconds"] - begun), 3)}
+            row = {
+                "update": update,
+                **dict(zip(names, figures.tolist(), strict=True)),
+                "rollbacks": len(rollbacks),
+                "seconds": round(kept["seconds"], 1),
+                "updates_per_second": round(made / (kept["seconds"] - begun), 3),
+            }
             kept["log"] = kept["log"] or ",".join(row) + "\n"
             kept["log"] += ",".join(map(str, row.values())) + "\n"
             write(folder / "log.csv", kept["log"].encode())
@@ -419,10 +527,14 @@ def train_model(config, folder: Path, data_dir, device, preset, change, rank, ra
         if stop:
             break
     knn = f"python cebm.py knn {path}" + f" --data-dir {data_dir}" * (config.data.name != "glyphs")
-    say(f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
-        if update >= settings.updates else
-        f"interrupted; {'the same command goes on from' if path.exists() else 'nothing at'} {path}")
+    say(
+        f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
+        if update >= settings.updates
+        else "interrupted; "
+        f"{'the same command goes on from' if path.exists() else 'nothing at'} {path}"
+    )
     return 0 if update >= settings.updates else 130
+
 
 def _device(_context, _parameter, name: str):
     sampling.keep_freed_memory()
@@ -436,41 +548,65 @@ def _device(_context, _parameter, name: str):
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
+
 CKPT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
-OUT = partial(click.option, metavar="FILE", callback=lambda _context, _parameter, path: path if (
-    path is None) else write_whole(Path(path), None) or path)  # refused before the work
+OUT = partial(
+    click.option,
+    metavar="FILE",
+    callback=lambda _context, _parameter, path: (
+        path if (path is None) else write_whole(Path(path), None) or path
+    ),
+)  # refused before the work
 DATA_DIR = click.option("--data-dir", default="data", help="Where data are, or are downloaded to.")
 DEVICE = click.option("--device", default="auto", callback=_device, help="cpu or cuda.")
 
+
 def table_command(figures):
     """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""
+
     def command(checkpoints, form, data_dir, device, **options):
         rows = []
         try:
             for path in checkpoints:
                 model, config, state = load_model(path, device)
                 sets = [load_images(config, split, data_dir) for split in ("train", "test")]
-                row = {"checkpoint": path, "model": config.model.name, "data": config.data.name,
-                       "updates": state["updates"]}
+                row = {
+                    "checkpoint": path,
+                    "model": config.model.name,
+                    "data": config.data.name,
+                    "updates": state["updates"],
+                }
                 rows.append(row | figures(model, config, *sets, data_dir, device, **options))
         finally:  # also when a later checkpoint fails
             if rows:
                 click.echo(json.dumps(rows) if form == "json" else evaluate.table(rows, bool(form)))
+
     command.__dict__ |= figures.__dict__  # its click options
-    for option in (CKPT("checkpoints", nargs=-1, required=True, metavar="CKPT..."), DATA_DIR,
-                   click.option("--json", "form", flag_value="json", help="For a program."), DEVICE,
-                   click.option("--markdown", "form", flag_value="markdown", help="For a README.")):
+    for option in (
+        CKPT("checkpoints", nargs=-1, required=True, metavar="CKPT..."),
+        DATA_DIR,
+        click.option("--json", "form", flag_value="json", help="For a program."),
+        DEVICE,
+        click.option("--markdown", "form", flag_value="markdown", help="For a README."),
+    ):
         command = option(command)
     return main.command(figures.__name__, help=figures.__doc__)(command)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main():
     """Conjugate energy-based models. Start with `python cebm.py train`, a matter of minutes."""
 
+
 @main.command()
 @click.option("--preset", default="quickstart", help="See `show`.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-              help="Change a value of the preset, say train.rate=3e-4; may be repeated.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a value of the preset, say train.rate=3e-4; may be repeated.",
+)
 @click.option("--out", type=click.Path(file_okay=False), help="Run folder.  [default: runs/PRESET]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="The same as --set train.seed=N.")
 @click.option("--change", is_flag=True, help="Go on with the run in --out under other settings.")
@@ -492,15 +628,29 @@ def train(preset, settings, out, seed, change, data_dir, device):
         sys.stdout = lock if rank else sys.stdout  # the first process alone prints
         sys.exit(train_model(config, folder, data_dir, device, preset, change, rank, ranks))
 
+
 @main.command()
 @CKPT("checkpoint")
-@click.option("--from", "source", type=click.Choice(["buffer", "noise"]), default="buffer",
-              help="Where chains start; a buffer has at most its own number.")
-@click.option("--given", type=click.IntRange(1, 1000), metavar="N",
-              help="Draw from p(x | z), z the latents of each of N test images, evenly spaced.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Choice(["buffer", "noise"]),
+    default="buffer",
+    help="Where chains start; a buffer has at most its own number.",
+)
+@click.option(
+    "--given",
+    type=click.IntRange(1, 1000),
+    metavar="N",
+    help="Draw from p(x | z), z the latents of each of N test images, evenly spaced.",
+)
 @click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")
-@click.option("--refine", type=click.IntRange(0), metavar="STEPS",
-              help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).")
+@click.option(
+    "--refine",
+    type=click.IntRange(0),
+    metavar="STEPS",
+    help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).",
+)
 @click.option("--count", type=click.IntRange(1, 1000), default=64)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
 @OUT("--out", default="samples.png")
@@ -514,9 +664,13 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     model, config, state = load_model(checkpoint, device)
     name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
     draws, infers = hasattr(model, "decode"), hasattr(model, "posterior")  # no chains; p(z | x)
-    wrong = {"--refine": refine and name != "gan", "--given": given and not infers,
-             "--steps": draws and steps is not None, "--from": draws and source == "noise",
-             "--steps with --given": steps is not None and given and model.chain == "gibbs"}
+    wrong = {
+        "--refine": refine and name != "gan",
+        "--given": given and not infers,
+        "--steps": draws and steps is not None,
+        "--from": draws and source == "noise",
+        "--steps with --given": steps is not None and given and model.chain == "gibbs",
+    }
     for option in filter(wrong.get, wrong):
         raise click.UsageError(f"{option} is not for {name}")
     chain = c.step_size, c.noise_std, (rng := torch.Generator(device).manual_seed(seed + 500_009))
@@ -542,10 +696,13 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
             order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
             start = stored[order[:count]].to(device)
         x = sampling.mover(model, energy, steps, *chain, bound=c.bound)(start)
-        click.echo(f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
-                   f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}")
+        click.echo(
+            f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
+            f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}"
+        )
     write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x.cpu()]), given and count))
     click.echo(out)
+
 
 @table_command
 @click.option("--limit", type=click.IntRange(1), help="At most N training images, evenly spaced.")
@@ -559,8 +716,11 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
     row, classes, step = {}, config.data.classes, -(-len(train[1]) // (limit or len(train[1])))
-    spaces = {"latent": model.represent, "untrained": new_model(config, device).eval().represent,
-              "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round().byte()}
+    spaces = {
+        "latent": model.represent,
+        "untrained": new_model(config, device).eval().represent,
+        "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round().byte(),
+    }
     for space, represent in spaces.items():
         a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][::step], test[0]))
         a, b = evaluate.whiten(a, b) if whiten and space != "pixel" else (a, b)
@@ -570,12 +730,18 @@ def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
             counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
             row["confusion"] = counts.view(classes, classes).tolist()
     if plot:
-        write_whole(Path(plot), evaluate.confusion_png(
-            torch.tensor(row["confusion"]), data.class_names(config.data.name, data_dir, classes)))
+        write_whole(
+            Path(plot),
+            evaluate.confusion_png(
+                torch.tensor(row["confusion"]),
+                data.class_names(config.data.name, data_dir, classes),
+            ),
+        )
     if config.model.name in ("jem", "hdge"):
         right = evaluate.in_batches(model.f, test[0], device).argmax(1).cpu() == test[1]
         row["accuracy"] = round(100 * right.double().mean().item(), 2)
     return row
+
 
 @table_command
 @click.option("--scale", is_flag=True, help="Centre the latents and scale all alike to variance 1.")
@@ -589,14 +755,26 @@ def probe(model, config, train, test, data_dir, device, scale):
     a, b = (evaluate.in_batches(model.represent, s[0], device).cpu() for s in (train, test))
     if scale:  # the penalty bears harder on small latents
         a, b = ((x - a.mean(0)) / a.var(0).mean().sqrt().clamp(min=1e-30) for x in (a, b))
-    scores = {n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
-              for n in (1, 10, 100, None) if (n or 0) <= train[1].bincount().min()}
-    return {f"{n or 'all'}{what}": round(score, 2) for n, pair in scores.items()
-            for what, score in zip(("", " std"), pair, strict=True)}
+    scores = {
+        n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
+        for n in (1, 10, 100, None)
+        if (n or 0) <= train[1].bincount().min()
+    }
+    return {
+        f"{n or 'all'}{what}": round(score, 2)
+        for n, pair in scores.items()
+        for what, score in zip(("", " std"), pair, strict=True)
+    }
+
 
 @table_command
-@click.option("--against", multiple=True, metavar="DATA", type=click.Choice(LIMITS["data"]["name"]),
-              help="Another data set; may be repeated. Uniform noise and constant images always.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="DATA",
+    type=click.Choice(LIMITS["data"]["name"]),
+    help="Another data set; may be repeated. Uniform noise and constant images always.",
+)
 def ood(model, config, train, test, data_dir, device, against):
     """AUROC of telling the test set from other data, in percent.
 
@@ -612,8 +790,12 @@ def ood(model, config, train, test, data_dir, device, against):
     others["uniform"] = torch.randint(256, own.shape, generator=generator).byte()
     others["constant"] = level.expand(own.shape).byte()
     inside, *outside = (evaluate.density_scores(model, x, device) for x in (own, *others.values()))
-    return {f"{name} {k}": round(evaluate.auroc(inside[k], scores[k]), 2)
-            for name, scores in zip(others, outside, strict=True) for k in inside}
+    return {
+        f"{name} {k}": round(evaluate.auroc(inside[k], scores[k]), 2)
+        for name, scores in zip(others, outside, strict=True)
+        for k in inside
+    }
+
 
 @main.command()
 @CKPT("checkpoint")
@@ -633,20 +815,29 @@ def export(checkpoint, split, map, out, data_dir, device):
         raise click.UsageError(f"--map and --out are both {map}")
     model, config, _ = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
-    columns = {"mean": model.represent, "energy": getattr(model, "energy", None), "std": hasattr(
-        model, "posterior") and (lambda x: model.posterior(x).variance.sqrt())}
+    columns = {
+        "mean": model.represent,
+        "energy": getattr(model, "energy", None),
+        "std": hasattr(model, "posterior") and (lambda x: model.posterior(x).variance.sqrt()),
+    }
     with evaluate.seeded(0, device):
-        arrays = {k: evaluate.in_batches(f, images, device).cpu().numpy()
-                  for k, f in columns.items() if f} | {"labels": labels.numpy()}
+        arrays = {
+            k: evaluate.in_batches(f, images, device).cpu().numpy() for k, f in columns.items() if f
+        } | {"labels": labels.numpy()}
     np.savez(content := io.BytesIO(), **arrays)
     write_whole(Path(out), content.getvalue())
     click.echo(f"{out}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
     if map:
         points, method = evaluate.plane(torch.tensor(arrays["mean"]))
         names = data.class_names(config.data.name, data_dir, config.data.classes)
-        write_whole(Path(map), evaluate.map_png(
-            points, labels, names, f"{method}, {config.model.name}, {config.data.name} {split}"))
+        write_whole(
+            Path(map),
+            evaluate.map_png(
+                points, labels, names, f"{method}, {config.model.name}, {config.data.name} {split}"
+            ),
+        )
         click.echo(f"{map}: {method}")
+
 
 @main.command()
 @click.argument("what", required=False, metavar="[PRESET or CKPT]")
@@ -659,21 +850,31 @@ def show(what):
         for name, c in ((name, compose(name)) for name in PRESETS):
             grown = f" to {c.chains.final_steps}" * (c.chains.final_steps > 0)
             none = c.model.name.endswith(CHAINLESS)
-            click.echo(f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
-                       f"{c.train.rate:g}" + f", chains of {c.chains.steps}{grown}" * (not none))
+            click.echo(
+                f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
+                f"{c.train.rate:g}" + f", chains of {c.chains.steps}{grown}" * (not none)
+            )
     elif what in PRESETS:
         click.echo(as_yaml(asdict(compose(what))), nl=False)
     elif os.path.isfile(what):
         state = load_checkpoint(what)
         large = "model optimiser average buffer generators good candidate greatest log".split()
-        click.echo(as_yaml({k: v for k, v in state.items() if k not in large} | {
-            "tensors": sum(v.numel() for v in state["model"].values())}), nl=False)
+        click.echo(
+            as_yaml(
+                {k: v for k, v in state.items() if k not in large}
+                | {"tensors": sum(v.numel() for v in state["model"].values())}
+            ),
+            nl=False,
+        )
     else:
         raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, PRESETS)}")
+
 
 if __name__ == "__main__":
     sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # of names in other encodings
     sys.excepthook = lambda kind, error, trace: (  # no traceback for want of memory or disk
-        click.echo(f"Error: {error!r:.150}", err=True) if isinstance(error, OSError)
-        or "memory" in repr(error).lower() else sys.__excepthook__(kind, error, trace))
+        click.echo(f"Error: {error!r:.150}", err=True)
+        if isinstance(error, OSError) or "memory" in repr(error).lower()
+        else sys.__excepthook__(kind, error, trace)
+    )
     main()

@@ -18,10 +18,15 @@ AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 CONVS = ((3, 1), (4, 2), (4, 2), (4, 2))  # (size, stride) of Tables 5 to 8, padding 1 throughout
 # Upconvolutions (width, size, stride, padding) by the image's side; width None: its channels.
 # Table 7b as printed ends at 31x31x1: here its third kernel is 4x4, its last stride 1, C channels.
-DECODER = {28: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 0), (None, 3, 1, 0)),
-           32: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 1), (None, 3, 1, 1))}
-GENERATOR = {28: ((64, 4, 1, 1), (64, 4, 2, 1), (32, 3, 2, 1), (32, 4, 2, 1), (None, 4, 2, 1)),
-             32: ((512, 4, 2, 1), (256, 4, 2, 1), (128, 4, 2, 1), (64, 4, 2, 1), (None, 4, 2, 1))}
+DECODER = {
+    28: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 0), (None, 3, 1, 0)),
+    32: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 1), (None, 3, 1, 1)),
+}
+GENERATOR = {
+    28: ((64, 4, 1, 1), (64, 4, 2, 1), (32, 3, 2, 1), (32, 4, 2, 1), (None, 4, 2, 1)),
+    32: ((512, 4, 2, 1), (256, 4, 2, 1), (128, 4, 2, 1), (64, 4, 2, 1), (None, 4, 2, 1)),
+}
+
 
 def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Sequential:
     """The upward half of Tables 7 and 8: (B, inputs, h, h) -> (B, C, H, W), raw."""
@@ -33,41 +38,51 @@ def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Seque
         inputs = out
     return nn.Sequential(*layers)
 
+
 def linears(*sizes: int, activation=nn.SiLU) -> nn.Sequential:
     """Fully connected layers with an activation between, none after the last."""
     layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), activation())]
     return nn.Sequential(*layers[:-1])
+
 
 def in_float32(head: nn.Module, features: Tensor) -> Tensor:
     """`head` outside autocast: convolutions may run in bfloat16, energies at most in TF32."""
     with torch.autocast(features.device.type, enabled=False):
         return head(features.to(torch.promote_types(features.dtype, torch.float32)))
 
+
 def normal(mean: Tensor, std: Tensor) -> td.Independent:
     """A diagonal Gaussian, event (D,). Not validated: a NaN is for the training loop to see."""
     return td.Independent(td.Normal(mean, std, validate_args=False), 1)
 
+
 class BatchNorm(nn.BatchNorm1d):
     """`nn.BatchNorm2d` of (B, C, H, W) over rows of pixels: second derivatives are faster so."""
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.permute(0, 2, 3, 1)
         return super().forward(rows.flatten(0, 2)).view(rows.shape).permute(0, 3, 1, 2)
 
+
 class PixelGradient(torch.autograd.Function):
     """A 3x3 convolution whose gradient is by pixels alone: on a Zen 4 oneDNN's takes longer."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         return F.conv2d(x, weight, bias, padding=1)
+
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (weight,), pixels = ctx.saved_tensors, gradient.permute(0, 2, 3, 1).flatten(1, 2)
         patches = (pixels @ weight.flatten(1).to(gradient.dtype)).mT.to(weight.dtype)
         return F.fold(patches, gradient.shape[2:], 3, padding=1), None, None
 
+
 class Network(nn.Module):
     """Convolutions of Tables 5 to 8, then fully connected `heads` side by side, in float32.
     28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a side. A head: its layers' widths."""
+
     def __init__(self, config, image_shape, heads, activation, normalise=False):
         super().__init__()
         layers, (previous, height, width) = [], image_shape
@@ -87,7 +102,7 @@ class Network(nn.Module):
             chain = x.device.type == "cpu" and not (weight.requires_grad or AMX)
             return PixelGradient.apply(x, weight, bias) if chain else self.trunk[0](x)
         x, fill = F.pad(x, (1, 1, 1, 1)), (0, -weight[0].numel() % 16)
-        x = torch.stack([x[:, :, i:i + h, j:j + w] for i, j in product(range(3), range(3))], -1)
+        x = torch.stack([x[:, :, i : i + h, j : j + w] for i, j in product(range(3), range(3))], -1)
         x = F.pad(x.permute(0, 2, 3, 1, 4).flatten(3), fill)  # (B, h, w, 9 C)
         return F.linear(x, F.pad(weight.flatten(1), fill), bias).permute(0, 3, 1, 2)
 
@@ -96,38 +111,48 @@ class Network(nn.Module):
         features = self.trunk[1:](self.first(x))
         return torch.cat([in_float32(head, features) for head in self.heads], dim=1)
 
+
 class Gaussian:
     """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
     Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes (..., D) of z, (..., 2, D) of eta, lam.
     A is short of log(2 pi) / 2 a dimension, which cancels in every difference."""
+
     @staticmethod
     def eta(z: Tensor) -> Tensor:
         return torch.stack([z, z * z], dim=-2)
+
     @staticmethod
     def log_partition(lam: Tensor) -> Tensor:
         lam1, lam2 = lam.unbind(-2)
         return (-lam1 * lam1 / (4 * lam2) - 0.5 * torch.log(-2 * lam2)).sum(-1)
+
     @staticmethod
     def member(lam: Tensor) -> td.Independent:
         lam1, lam2 = lam.unbind(-2)
         return normal(-lam1 / (2 * lam2), (-2 * lam2).rsqrt())
 
+
 class Bernoulli:
     """eta(z) = z, A(lam) = sum_d softplus(lam), S = 1; E_lam(z) = -<lam, z> as in Eq. 29 and 33."""
+
     @staticmethod
     def eta(z: Tensor) -> Tensor:
         return z[..., None, :]
+
     @staticmethod
     def log_partition(lam: Tensor) -> Tensor:
         return F.softplus(lam).sum((-1, -2))
+
     @staticmethod
     def member(lam: Tensor) -> td.Independent:
         return td.Independent(td.Bernoulli(logits=lam[..., 0, :], validate_args=False), 1)
+
 
 class Prior(nn.Module):
     """p_lam(z), a mixture of K members of a family, and its posteriors given statistics t(x).
     K = 1: E_lam(z) = -<lam, eta(z)> + A(lam) of N(0, I), or of a learned Bernoulli. K > 1 Gaussians
     are learned; y is uniform over them and summed out."""
+
     def __init__(self, config, family=Gaussian):
         super().__init__()
         self.family, size = family, (config.components, config.latent)
@@ -179,10 +204,12 @@ class Prior(nn.Module):
         y = torch.randint(len(self.location), (count,), device=self.location.device)
         return normal(self.location[y], self.log_std[y].exp()).rsample()
 
+
 class LinearStatistics(nn.Module):
     """Eq. 33: t(x) = [t_x(x)^T theta_xz, <theta_x, t_x(x)>].
     Bernoulli x: t_x = v = (x + 1) / 2, grey pixels as chances. Gaussian x: t_x = (x, x^2), where
     theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed for the square."""
+
     def __init__(self, config, image_shape):
         super().__init__()
         self.image_shape, self.binary = image_shape, config.name == "rbm"
@@ -206,6 +233,7 @@ class LinearStatistics(nn.Module):
             x = torch.normal(self.variance * natural, self.variance**0.5, generator=generator)
         return x.view(-1, *self.image_shape)
 
+
 def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:
     """Persistent contrastive divergence of energies (B,), L2 on them (supplement C)."""
     magnitude = (data * data).mean() + ((chains * chains).mean() if config.l2_on == "both" else 0)
@@ -213,9 +241,11 @@ def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str,
     metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
     return gap + config.l2 * magnitude, metrics
 
+
 class Conjugate(nn.Module):
     """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): CEBM, GMM-CEBM; with linear t, RBM, EFH.
     `head`: one hidden layer for both statistics ("shared", Table 5) or one each ("separate")."""
+
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
         self.config, self.chain, family = config, "langevin", Gaussian
@@ -266,8 +296,10 @@ class Conjugate(nn.Module):
         """Persistent contrastive divergence of as many chains as images: scalar, metrics."""
         return contrastive(*self.energy(torch.cat([x, chains])).split(len(x)), self.config)
 
+
 class EnergyNetwork(nn.Module):
     """E(x, y) = -f(x)[y], E(x) = -logsumexp_y f(x)[y] (Tables 4, 6): JEM, HDGE; IGEBM as -f."""
+
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
         self.config, self.chain = config, None if config.name == "hdge" else "langevin"
@@ -301,17 +333,23 @@ class EnergyNetwork(nn.Module):
         metrics["accuracy"] = ((own := logits[: len(x)]).argmax(1) == y).float().mean()
         return F.cross_entropy(own, y) + loss, metrics
 
+
 class VAE(nn.Module):
     """E(x, z) = -log p(x | z) - log p(z) (Table 4), networks of Table 7, pixels in [0, 1] there."""
+
     chain = None
+
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
         self.config, self.prior, self.standardise = config, Prior(config), nn.Identity()
         self.encoder = Network(config, image_shape, [(config.hidden, 2 * config.latent)], nn.ReLU)
         side, width = image_shape[1] // 8, config.channels[-1]
         self.decoder = nn.Sequential(
-            linears(config.latent, 128, side * side * width, activation=nn.ReLU), nn.ReLU(),
-            nn.Unflatten(1, (width, side, side)), upconvolutions(image_shape, width, DECODER))
+            linears(config.latent, 128, side * side * width, activation=nn.ReLU),
+            nn.ReLU(),
+            nn.Unflatten(1, (width, side, side)),
+            upconvolutions(image_shape, width, DECODER),
+        )
 
     def posterior(self, x: Tensor) -> td.Independent:
         """q(z | x), the encoder's diagonal Gaussian: batch (B,), event (D,)."""
@@ -359,8 +397,10 @@ class VAE(nn.Module):
         divergence, distortion = (part.mean() for part in self._bound(x))
         return distortion + divergence, {"distortion": distortion, "divergence": divergence}
 
+
 class Discriminator(nn.Module):
     """Logit of "real" for images, or for pairs of image and latent (Table 8)."""
+
     def __init__(self, config, image_shape, latent: int):
         super().__init__()
         network = Network(config, image_shape, [(128,)], nn.LeakyReLU, normalise=True)
@@ -376,16 +416,21 @@ class Discriminator(nn.Module):
         """(B, C, H, W), for pairs (B, D) -> (B,)."""
         return in_float32(self.head, self.hidden[1](self.represent(x, *z)))[:, 0]
 
+
 class GAN(nn.Module):
     """Generator and discriminator of Table 8; E(z) = -log p(z) - logit D(G(z)) (Table 4)."""
+
     chain, generate = None, VAE.generate
+
     def __init__(self, config, image_shape, num_classes: int, pairs: bool = False):
         super().__init__()
         self.config, self.prior = config, Prior(config)
         self.discriminator = Discriminator(config, image_shape, config.latent * pairs)
         self.generator = nn.Sequential(
             nn.Unflatten(1, (config.latent, 1, 1)),
-            upconvolutions(image_shape, config.latent, GENERATOR, normalise=True), nn.Tanh())
+            upconvolutions(image_shape, config.latent, GENERATOR, normalise=True),
+            nn.Tanh(),
+        )
 
     def represent(self, x: Tensor) -> Tensor:
         """That of the discriminator, as in the authors' code: (B, C, H, W) -> (B, 128)."""
@@ -419,9 +464,12 @@ class GAN(nn.Module):
         """The non-saturating game of G and D."""
         return self.play((x,), (self.generate(len(x)),))
 
+
 class BiGAN(GAN):
     """BiGAN, GMM-BiGAN: D tells x, E(x) from G(z), z (Table 8), E's means standardised or not."""
+
     posterior, represent = VAE.posterior, VAE.represent
+
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__(config, image_shape, num_classes, pairs=True)
         head, norm = (config.hidden, 2 * config.latent), nn.BatchNorm1d(config.latent, affine=False)
@@ -433,9 +481,15 @@ class BiGAN(GAN):
         z = self.prior.sample(len(x))
         return self.play((x, self.posterior(x).rsample()), (self.decode(z), z))
 
+
 def build(config, image_shape, num_classes: int) -> nn.Module:
     """The model that `config` (the `model` section) names, for images of shape (C, H, W)."""
-    kinds = {Conjugate: "cebm gmm-cebm rbm efh", EnergyNetwork: "igebm jem hdge",
-             VAE: "vae gmm-vae", GAN: "gan", BiGAN: "bigan gmm-bigan"}
+    kinds = {
+        Conjugate: "cebm gmm-cebm rbm efh",
+        EnergyNetwork: "igebm jem hdge",
+        VAE: "vae gmm-vae",
+        GAN: "gan",
+        BiGAN: "bigan gmm-bigan",
+    }
     kind = next(kind for kind, names in kinds.items() if config.name in names.split())
     return kind(config, image_shape, num_classes)

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+
 def langevin(energy, x: Tensor, steps, step_size, noise_std, generator=None, bound=0.0) -> Tensor:
     """x (B, ...) <- x - step_size dE/dx + noise_std N(0, I), in +-bound if > 0, `steps` times."""
     for _ in range(steps):
@@ -21,12 +22,14 @@ def langevin(energy, x: Tensor, steps, step_size, noise_std, generator=None, bou
         x = x.clamp_(-bound, bound) if bound else x
     return x.detach()
 
+
 def bfloat16_pays(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 in hardware (other CPUs are 100 times slower)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
+
 
 def keep_freed_memory() -> None:
     """Lets glibc reuse large freed blocks, which it would unmap: a third of a step on a CPU."""
@@ -35,8 +38,18 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: such blocks are of the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process
 
-def fast_langevin(module: nn.Module, energy, steps, step_size, noise_std, generator, x: Tensor,
-                  bfloat16=False, bound=0.0) -> Tensor:
+
+def fast_langevin(
+    module: nn.Module,
+    energy,
+    steps,
+    step_size,
+    noise_std,
+    generator,
+    x: Tensor,
+    bfloat16=False,
+    bound=0.0,
+) -> Tensor:
     """`langevin` on `energy`, a function of `module`'s parameters; equal to it up to rounding."""
     x = x.contiguous(memory_format=torch.channels_last)
     needing = [p.requires_grad_(False) for p in module.parameters() if p.requires_grad]
@@ -50,9 +63,11 @@ def fast_langevin(module: nn.Module, energy, steps, step_size, noise_std, genera
         for p in needing:
             p.requires_grad_(True)
 
+
 class Graph:
     """A function of tensors to one: the first of `ways` that can be recorded as a CUDA graph, at
     the fourth call, and launched whole from then on; if none can, the last; warnings say why."""
+
     def __init__(self, ways: list, generator: torch.Generator):
         self.ways, self.plain, self.generator, self.calls = ways, ways[-1], generator, 0
 
@@ -84,18 +99,23 @@ class Graph:
         self.graph.replay()
         return self.end.clone()
 
+
 def mover(model, energy, steps, step_size, noise_std, generator, graph=False, compile=False, **how):
     """A function that moves chains (B, C, H, W) on: the model's Gibbs or `fast_langevin`, `how`."""
     if model.chain == "gibbs":
         return partial(model.gibbs, steps, generator)
     options = {"force_pointwise_cat": True, "combo_kernels": True}  # fewer kernels
-    ways = [partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
-            for e in (lambda x: torch.compile(energy, dynamic=False, options=options)(x), energy)]
+    ways = [
+        partial(fast_langevin, model, e, steps, step_size, noise_std, generator, **how)
+        for e in (lambda x: torch.compile(energy, dynamic=False, options=options)(x), energy)
+    ]
     return Graph(ways if compile else ways[1:], generator) if graph else ways[1]
+
 
 class ReplayBuffer:
     """Chains `images` that persist over updates. They start uniform on [-1, 1], anew with chance
     1 - reuse, so again or, a `share` of them, from data with noise of deviation `std`."""
+
     def __init__(self, size, image_shape, reuse, generator: torch.Generator, share=0.0, std=0.0):
         self.reuse, self.generator, self.share, self.std = reuse, generator, share, std
         self.images = uniform((size, *image_shape), generator)  # (size, C, H, W)
@@ -109,6 +129,7 @@ class ReplayBuffer:
             noised = x + self.std * torch.randn(x.shape, **at)
             fresh = torch.where(chance >= 1 - self.share * (1 - self.reuse), noised, fresh)
         return slots, torch.where(chance >= self.reuse, fresh, self.images[slots])
+
 
 def uniform(shape, generator: torch.Generator) -> Tensor:
     """Noise on [-1, 1], where chains start."""

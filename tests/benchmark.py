@@ -28,6 +28,7 @@ import evaluate  # noqa: E402
 import models  # noqa: E402
 import sampling  # noqa: E402
 
+
 def clock(function, device) -> float:
     """Seconds of one call, the device's work included."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -52,8 +53,11 @@ def flops_a_step(model, image_shape) -> float:
     count, hooks = [], []
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            hooks.append(layer.register_forward_hook(lambda m, _, out: count.append(
-                4 * out[0].numel() * m.weight[0].numel())))
+            hooks.append(
+                layer.register_forward_hook(
+                    lambda m, _, out: count.append(4 * out[0].numel() * m.weight[0].numel())
+                )
+            )
     with torch.no_grad():
         model.energy(torch.zeros(1, *image_shape))
     for hook in hooks:
@@ -63,8 +67,9 @@ def flops_a_step(model, image_shape) -> float:
 
 def updater(model, move, buffer, config, bfloat16: bool, device, fast=False):
     """A whole update: chains, loss, optimiser, `fast` recorded; on noise in place of data."""
-    optimiser = torch.optim.Adam(model.parameters(), config.train.rate, fused=fast or None,
-                                 capturable=fast)
+    optimiser = torch.optim.Adam(
+        model.parameters(), config.train.rate, fused=fast or None, capturable=fast
+    )
     x = torch.rand(config.train.batch, *config.data.image, device=device) * 2 - 1
     y = torch.zeros(len(x), dtype=torch.long, device=device)
 
@@ -100,13 +105,22 @@ def chains(config, device, rounds: int) -> list[dict]:
     gpu = device.type == "cuda"
     few = c.steps if gpu else 2
     chain = c.step_size, c.noise_std, generator
-    kinds = ("float32", "bfloat16")[:1 + sampling.bfloat16_pays(device)]  # emulated, it takes hours
+    kinds = ("float32", "bfloat16")[
+        : 1 + sampling.bfloat16_pays(device)
+    ]  # emulated, it takes hours
 
     def moves(steps):
-        fast = {f: sampling.mover(model, model.energy, steps, *chain, gpu, gpu,
-                                  bfloat16=f == "bfloat16") for f in kinds}
-        return {"naive": lambda v: sampling.langevin(slow.energy, v, steps, *chain),
-                "reference": lambda v: sampling.langevin(model.energy, v, steps, *chain), **fast}
+        fast = {
+            f: sampling.mover(
+                model, model.energy, steps, *chain, gpu, gpu, bfloat16=f == "bfloat16"
+            )
+            for f in kinds
+        }
+        return {
+            "naive": lambda v: sampling.langevin(slow.energy, v, steps, *chain),
+            "reference": lambda v: sampling.langevin(model.energy, v, steps, *chain),
+            **fast,
+        }
 
     square = torch.randn(2048, 2048, device=device)
     squares = {k: square.to(getattr(torch, k)) for k in kinds}
@@ -114,19 +128,38 @@ def chains(config, device, rounds: int) -> list[dict]:
     tasks |= {f"product {k}": lambda s=s: s @ s for k, s in squares.items()}
     step = medians(tasks, device, rounds)
     buffer = sampling.ReplayBuffer(c.buffer, shape, c.reuse, generator)
-    update = medians({name: updater(slow if name == "naive" else model, move, buffer, config,
-                                    name == "bfloat16", device, gpu and name in kinds)
-                      for name, move in moves(c.steps).items()}, device, 3)
+    update = medians(
+        {
+            name: updater(
+                slow if name == "naive" else model,
+                move,
+                buffer,
+                config,
+                name == "bfloat16",
+                device,
+                gpu and name in kinds,
+            )
+            for name, move in moves(c.steps).items()
+        },
+        device,
+        3,
+    )
     flops, rows = flops_a_step(naive_model(config, "cpu"), shape) * b, []
     for name in ("naive", "reference", *kinds):
         rate = 2 * 2048**3 / step[f"product {'bfloat16' if name == 'bfloat16' else 'float32'}"]
         reached = flops * few / step[name]
-        rows.append({"path": name, "ms a step": 1000 * step[name] / few,
-                     "step speedup": step["naive"] / step[name],
-                     "ms an update": 1000 * update[name],
-                     "updates a second": 1 / update[name],
-                     "update speedup": update["naive"] / update[name],
-                     "GFLOP/s": reached / 1e9, "of the matrix rate": reached / rate})
+        rows.append(
+            {
+                "path": name,
+                "ms a step": 1000 * step[name] / few,
+                "step speedup": step["naive"] / step[name],
+                "ms an update": 1000 * update[name],
+                "updates a second": 1 / update[name],
+                "update speedup": update["naive"] / update[name],
+                "GFLOP/s": reached / 1e9,
+                "of the matrix rate": reached / rate,
+            }
+        )
     return rows
 
 
@@ -134,8 +167,10 @@ def one_step_difference(config, device) -> float:
     """|bfloat16 step - float32 step| / |float32 step|, without noise, from uniform noise."""
     model, x = cebm.new_model(config, device), torch.rand(config.train.batch, *config.data.image)
     x = x.to(device) * 2 - 1
-    a, b = (sampling.fast_langevin(model, model.energy, 1, config.chains.step_size, 0.0, None, x,
-                                   half) for half in (False, True))
+    a, b = (
+        sampling.fast_langevin(model, model.energy, 1, config.chains.step_size, 0.0, None, x, half)
+        for half in (False, True)
+    )
     return ((b - a).norm() / (a - x).norm()).item()
 
 
@@ -148,13 +183,20 @@ def neighbours(device, rounds: int) -> dict:
     there = KNeighborsClassifier(1, algorithm="brute").fit(a.numpy(), y.numpy())
     on = a.to(device), b.to(device)
     found = {}
-    times = medians({
-        "nearest": lambda: found.update(ours=y[evaluate.nearest(*on).cpu()]),
-        "scikit-learn": lambda: found.update(theirs=torch.tensor(there.predict(b.numpy()))),
-    }, device, rounds)
-    return {"nearest s": times["nearest"], "scikit-learn s": times["scikit-learn"],
-            "ratio": times["nearest"] / times["scikit-learn"],
-            "equal predictions": torch.equal(found["ours"], found["theirs"])}
+    times = medians(
+        {
+            "nearest": lambda: found.update(ours=y[evaluate.nearest(*on).cpu()]),
+            "scikit-learn": lambda: found.update(theirs=torch.tensor(there.predict(b.numpy()))),
+        },
+        device,
+        rounds,
+    )
+    return {
+        "nearest s": times["nearest"],
+        "scikit-learn s": times["scikit-learn"],
+        "ratio": times["nearest"] / times["scikit-learn"],
+        "equal predictions": torch.equal(found["ours"], found["theirs"]),
+    }
 
 
 def naive_training(preset: str, settings, data_dir: str) -> None:
@@ -163,8 +205,14 @@ def naive_training(preset: str, settings, data_dir: str) -> None:
     images = cebm.load_images(config, "train", data_dir)[0]
     model, c = naive_model(config, device), config.chains
     buffer = sampling.ReplayBuffer(c.buffer, config.data.image, c.reuse, torch.default_generator)
-    update = updater(model, lambda x: sampling.langevin(
-        model.energy, x, c.steps, c.step_size, c.noise_std), buffer, config, False, device)
+    update = updater(
+        model,
+        lambda x: sampling.langevin(model.energy, x, c.steps, c.step_size, c.noise_std),
+        buffer,
+        config,
+        False,
+        device,
+    )
     for _ in range(3):
         update()
     assert len(images)
@@ -176,42 +224,84 @@ def children(preset: str, data_dir: str | None) -> dict:
     settings += ["chains.steps=3", "train.updates=3", "guard.every=1", "log_every=1"]
     where = data_dir or "data"
     options = [part for s in settings for part in ("--set", s)]
-    inside = ("import atexit, sys; sys.path[:0] = {0!r}, {1!r}\natexit.register(lambda: print("
-              "open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))\n{2}")
+    inside = (
+        "import atexit, sys; sys.path[:0] = {0!r}, {1!r}\natexit.register(lambda: print("
+        "open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))\n{2}"
+    )
 
     def peak(code: str) -> float:
         code = inside.format(str(ROOT), str(ROOT / "tests"), code)
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                             check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
         return int(out.split()[-1]) / 1024
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ["train", "--preset", preset, "--device", "cpu", "--data-dir", where,
-                     "--out", folder, *options]
+        arguments = [
+            "train",
+            "--preset",
+            preset,
+            "--device",
+            "cpu",
+            "--data-dir",
+            where,
+            "--out",
+            folder,
+            *options,
+        ]
         ours = peak(f"import cebm; cebm.main({arguments!r}, standalone_mode=False)")
-        naive = peak("import benchmark; benchmark.naive_training"
-                     f"({preset!r}, {settings!r}, {where!r})")
+        naive = peak(
+            f"import benchmark; benchmark.naive_training({preset!r}, {settings!r}, {where!r})"
+        )
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-u", ROOT / "cebm.py", "train", "--out", folder, "--set",
-             "log_every=1"], stdout=subprocess.PIPE, text=True)
+            [
+                sys.executable,
+                "-u",
+                ROOT / "cebm.py",
+                "train",
+                "--out",
+                folder,
+                "--set",
+                "log_every=1",
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         process.stdout.readline()  # says what is to come
         process.stdout.readline()
         first = time.perf_counter() - start
         process.kill()
         process.wait()
-    helps = [clock(lambda: subprocess.run([sys.executable, ROOT / "cebm.py", "--help"],
-                                          capture_output=True, check=True), torch.device("cpu"))
-             for _ in range(5)]
-    return {"help s": statistics.median(helps), "quickstart's first update s": first,
-            "train MiB": ours, "naive MiB": naive, "ratio": ours / naive}
+    helps = [
+        clock(
+            lambda: subprocess.run(
+                [sys.executable, ROOT / "cebm.py", "--help"], capture_output=True, check=True
+            ),
+            torch.device("cpu"),
+        )
+        for _ in range(5)
+    ]
+    return {
+        "help s": statistics.median(helps),
+        "quickstart's first update s": first,
+        "train MiB": ours,
+        "naive MiB": naive,
+        "ratio": ours / naive,
+    }
 
 
 def hardware(device) -> str:
     """The processor's name, or the GPU's, and torch's version."""
-    name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text()
-                 .splitlines() if line.startswith("model name")), "CPU")
+    name = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "CPU",
+    )
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -225,9 +315,14 @@ def hardware(device) -> str:
 @cebm.DEVICE
 def main(preset, data_dir, rounds, as_json, device):
     config = cebm.compose(preset)
-    result = {"preset": preset, "hardware": hardware(device), "rounds": rounds,
-              "chains": chains(config, device, rounds),
-              "1-NN": neighbours(device, 3), "processes": children(preset, data_dir)}
+    result = {
+        "preset": preset,
+        "hardware": hardware(device),
+        "rounds": rounds,
+        "chains": chains(config, device, rounds),
+        "1-NN": neighbours(device, 3),
+        "processes": children(preset, data_dir),
+    }
     if sampling.bfloat16_pays(device):
         result["bfloat16 difference"] = one_step_difference(config, device)
     if device.type == "cuda":

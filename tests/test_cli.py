@@ -28,9 +28,24 @@ import cebm
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # as in the processes below: the promise of equal bits is for one count
-TINY = ["channels=[4, 4, 4, 4]", "hidden=8", "latent=4", "steps=2", "batch=16", "buffer=64",
-        "precision=float32", "updates=24", "checkpoint_every=4", "log_every=3", "pictures=3",
-        "warmup=5", "average=0.5", "rate=1e-3", "bound=0", "decay=cosine"]
+TINY = [
+    "channels=[4, 4, 4, 4]",
+    "hidden=8",
+    "latent=4",
+    "steps=2",
+    "batch=16",
+    "buffer=64",
+    "precision=float32",
+    "updates=24",
+    "checkpoint_every=4",
+    "log_every=3",
+    "pictures=3",
+    "warmup=5",
+    "average=0.5",
+    "rate=1e-3",
+    "bound=0",
+    "decay=cosine",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +71,13 @@ def run(*arguments):
 def launch(*arguments, by=()):
     """A command in a process of its own, or in those that the module `by` starts."""
     command = [sys.executable, *by, ROOT / "cebm.py", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +159,8 @@ def test_the_end_of_a_run_names_the_checkpoint_and_the_next_commands(tmp_path):
 
 
 def test_a_run_killed_at_random_moments_ends_equal_to_the_uninterrupted_one(
-        small, uninterrupted, tmp_path):
+    small, uninterrupted, tmp_path
+):
     random.seed(time.time_ns())
     kills, log = 0, tmp_path / "log.csv"
     for _ in range(40):
@@ -161,9 +182,13 @@ def test_a_run_killed_at_random_moments_ends_equal_to_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("least", "settings"), [
-    (60, tiny("updates=1000", "log_every=10")),
-    (40, tiny("rate=0.5", "decay=none", "updates=1000", "log_every=10", "guard.every=1"))])
+@pytest.mark.parametrize(
+    ("least", "settings"),
+    [
+        (60, tiny("updates=1000", "log_every=10")),
+        (40, tiny("rate=0.5", "decay=none", "updates=1000", "log_every=10", "guard.every=1")),
+    ],
+)
 def test_a_hundred_kills_lose_nothing_also_of_a_run_that_diverges(tmp_path, least, settings):
     random.seed(time.time_ns())
     whole, parts, kills = tmp_path / "whole", tmp_path / "parts", 0
@@ -198,8 +223,10 @@ def test_memory_stays_as_it_was_over_two_thousand_updates(tmp_path):
             sizes[update] = int(file.read().split()[1] or 0) or sizes.get(update)
         time.sleep(0.1)
     assert process.returncode == 0
-    warm, end = (statistics.median(s for u, s in sizes.items() if low < u <= high)
-                 for low, high in ((200, 500), (1900, 2200)))
+    warm, end = (
+        statistics.median(s for u, s in sizes.items() if low < u <= high)
+        for low, high in ((200, 500), (1900, 2200))
+    )
     assert end / warm < 1.05, (warm, end)
 
 
@@ -223,7 +250,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_end(small, uninte
 
 
 def test_a_run_whose_output_nobody_reads_any_more_saves_and_goes_on_to_the_same_end(
-        small, uninterrupted, tmp_path):
+    small, uninterrupted, tmp_path
+):
     process = launch(*small, "--out", tmp_path)
     process.stdout.readline()
     process.stdout.close()  # as `train | tee` when Ctrl-C has ended tee
@@ -246,11 +274,17 @@ def test_ctrl_c_saves_also_where_nobody_reads_and_no_line_was_due(small, tmp_pat
 
 
 def test_a_run_whose_output_finds_no_room_saves_and_goes_on_to_the_same_end(
-        small, uninterrupted, tmp_path):
+    small, uninterrupted, tmp_path
+):
     with open("/dev/full", "w") as full:
         command = [sys.executable, ROOT / "cebm.py", *small, "--out", tmp_path]
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        result = subprocess.run(
+            command,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     assert (result.returncode, result.stderr) == (130, b"")
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 1
     assert run(*small, "--out", tmp_path).exit_code == 0
@@ -272,8 +306,9 @@ def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
     assert "train.rate (0.001, now 0.002)" in other.stderr
     assert "model.l2 (0.1, now 0.2)" in other.stderr
     assert (tmp_path / "ckpt.pt").read_bytes() == before
-    longer = run("train", *tiny("updates=6", "decay=none", "compile=true", "threads=2"), "--out",
-                 tmp_path)
+    longer = run(
+        "train", *tiny("updates=6", "decay=none", "compile=true", "threads=2"), "--out", tmp_path
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for the tests after this one
     assert longer.exit_code == 0, longer.stderr
@@ -282,7 +317,8 @@ def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
 
 
 def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
-        tmp_path, monkeypatch):
+    tmp_path, monkeypatch
+):
     folder, changed = tmp_path / "a", tiny("decay=none", "warmup=0", "rate=2e-3", "updates=16")
     run("train", *tiny("decay=none", "warmup=0", "updates=8"), "--out", folder)
     result = run("train", *changed, "--change", "--out", folder)
@@ -296,8 +332,15 @@ def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
     one, two = (cebm.load_checkpoint(tmp_path / name / "ckpt.pt") for name in "ab")
     for part in ("model", "average", "optimiser", "buffer", "generators"):
         same(one[part], two[part], part)
-    more = ("beta1=0.5", "epsilon=1e-4", "steps=3", "precision=bfloat16", "updates=24", "rate=2e-3",
-            "decay=none")
+    more = (
+        "beta1=0.5",
+        "epsilon=1e-4",
+        "steps=3",
+        "precision=bfloat16",
+        "updates=24",
+        "rate=2e-3",
+        "decay=none",
+    )
     assert run("train", *changed, *tiny(*more), "--change", "--out", folder).exit_code == 0
     again = run("train", *changed, *tiny(*more), "--out", folder)  # itself no change any more
     assert again.exit_code == 0, again.stderr
@@ -307,8 +350,17 @@ def test_a_run_changed_on_request_goes_on_by_the_new_settings_and_records_them(
     assert (state["updates"], state["precision"]) == (24, "bfloat16")
     assert "; from update 16 on chains.steps (2, now 3), train.beta1 (0." in state["preset"]
     for precision in ("float32", "auto"):
-        assert run("train", *changed, *tiny(*more, f"precision={precision}"), "--change",
-                   "--out", folder).exit_code == 0
+        assert (
+            run(
+                "train",
+                *changed,
+                *tiny(*more, f"precision={precision}"),
+                "--change",
+                "--out",
+                folder,
+            ).exit_code
+            == 0
+        )
     state = cebm.load_checkpoint(folder / "ckpt.pt")
     pays = cebm.sampling.bfloat16_pays(torch.device(state["device"]))
     assert state["precision"] == ("bfloat16" if pays else "float32")
@@ -368,12 +420,16 @@ def test_each_epoch_and_each_seed_has_an_order_of_its_own():
 
 
 def test_training_images_have_their_labels_and_gaussian_noise_anew_at_every_update(
-        tmp_path, monkeypatch):
+    tmp_path, monkeypatch
+):
     import models
 
     honest, seen = models.Conjugate.loss, []
-    monkeypatch.setattr(models.Conjugate, "loss", lambda self, x, y, chains: (
-        seen.append((x, y)) or honest(self, x, y, chains)))
+    monkeypatch.setattr(
+        models.Conjugate,
+        "loss",
+        lambda self, x, y, chains: seen.append((x, y)) or honest(self, x, y, chains),
+    )
     assert run("train", *tiny("noise_std=0.5", "updates=8"), "--out", tmp_path).exit_code == 2
     result = run("train", *tiny("data.noise_std=0.5", "updates=8"), "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
@@ -401,15 +457,23 @@ def test_chains_go_back_to_the_slots_that_they_were_drawn_from(tmp_path):
     assert torch.equal(*buffers)
 
 
-RESTARTED = (*STILL, "reuse=0", "data_restarts=1", "restart_std=0", "data.noise_std=0", "batch=20",
-             "buffer=20", "pictures=0")
+RESTARTED = (
+    *STILL,
+    "reuse=0",
+    "data_restarts=1",
+    "restart_std=0",
+    "data.noise_std=0",
+    "batch=20",
+    "buffer=20",
+    "pictures=0",
+)
 
 
 def assert_chains_are_the_last_batch(folder, data_dir):
     """Of a run of `small` with RESTARTED; the buffer is as large as the batch."""
     _, config, state = cebm.load_model(folder / "ckpt.pt")
     epoch, position = divmod(state["updates"] - 1, 40 // 20)
-    order = cebm.epoch_order(0, epoch, 40, torch.device("cpu"))[20 * position:][:20]
+    order = cebm.epoch_order(0, epoch, 40, torch.device("cpu"))[20 * position :][:20]
     images = cebm.data.normalise(cebm.load_images(config, "train", data_dir)[0][order])
     assert torch.equal(state["buffer"].unique(dim=0), images.unique(dim=0))
 
@@ -446,8 +510,16 @@ def test_a_run_whose_rate_falls_to_its_end_is_not_made_longer(tmp_path):
 
 
 def test_chains_grow_by_a_constant_factor_to_their_final_steps(tmp_path):
-    growing = ["steps=2", "final_steps=8", "decay=none", "rate=0", "step_size=0",
-               "chains.noise_std=0.3", "reuse=1", "batch=64"]
+    growing = [
+        "steps=2",
+        "final_steps=8",
+        "decay=none",
+        "rate=0",
+        "step_size=0",
+        "chains.noise_std=0.3",
+        "reuse=1",
+        "batch=64",
+    ]
     assert run("train", *tiny(*growing, "updates=4"), "--out", tmp_path).exit_code == 0
     buffer = cebm.load_checkpoint(tmp_path / "ckpt.pt")["buffer"]
     steps = (buffer.var().item() - 1 / 3) / 0.3**2  # of noise alone, from uniform chains
@@ -482,7 +554,8 @@ def test_an_average_that_the_run_no_longer_keeps_is_not_what_is_evaluated(traine
 
 
 def test_an_average_begun_by_a_change_starts_from_the_weights_also_after_a_rollback(
-        tmp_path, monkeypatch):
+    tmp_path, monkeypatch
+):
     plain, averaged = (tiny("decay=none", "updates=8", f"average={a}") for a in (0, 0.75))
     run("train", *plain, "--out", tmp_path)
     eighth = cebm.load_checkpoint(tmp_path / "ckpt.pt")["model"]
@@ -540,7 +613,8 @@ def poisoned_once(monkeypatch, call, where="loss", stop=None):
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_run_that_meets_nan_goes_back_to_what_stayed_healthy_and_ends_by_new_noise(
-        trained, tmp_path, monkeypatch, where):
+    trained, tmp_path, monkeypatch, where
+):
     poisoned_once(monkeypatch, 10, where)
     result = run("train", *tiny(), "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
@@ -559,17 +633,26 @@ def test_a_run_that_meets_nan_goes_back_to_what_stayed_healthy_and_ends_by_new_n
 def test_bounds_are_multiples_of_the_level_or_the_floor_and_numbers_alone_are_within():
     guard = cebm.compose("quickstart", ["runaway=3", "energy_bound=1e6"]).guard
     for name, value, level, past in [
-            ("gap", 89, {}, False), ("gap", 91, {}, True),  # the floor, 30, three times
-            ("gap", 179, {"gap": 60.0}, False), ("gap", 181, {"gap": 60.0}, True),
-            ("gap", 89, {"gap": 1.0}, False), ("gap", 1.1e6, {"gap": 1e6}, True),
-            ("gap", 0.0, {"gap": 1e-3}, True), ("gap", 0.0, {}, False),  # there was one
-            ("loss", 9e5, {}, False), ("loss", 1.1e6, {}, True), ("loss", float("nan"), {}, True)]:
+        ("gap", 89, {}, False),
+        ("gap", 91, {}, True),  # the floor, 30, three times
+        ("gap", 179, {"gap": 60.0}, False),
+        ("gap", 181, {"gap": 60.0}, True),
+        ("gap", 89, {"gap": 1.0}, False),
+        ("gap", 1.1e6, {"gap": 1e6}, True),
+        ("gap", 0.0, {"gap": 1e-3}, True),
+        ("gap", 0.0, {}, False),  # there was one
+        ("loss", 9e5, {}, False),
+        ("loss", 1.1e6, {}, True),
+        ("loss", float("nan"), {}, True),
+    ]:
         why = cebm.out_of_bounds({"first": 0.0, name: value}, level, {"gap": 30.0}, guard)
         assert (why or "").startswith(f"{name} of magnitude") == past == bool(why)
 
 
-@pytest.mark.parametrize(("narrow", "name"), [
-    (["gap=1e-3"], "gap"), (["guard.pixels=1", "chains.noise_std=1", "reuse=1"], "pixel_m")])
+@pytest.mark.parametrize(
+    ("narrow", "name"),
+    [(["gap=1e-3"], "gap"), (["guard.pixels=1", "chains.noise_std=1", "reuse=1"], "pixel_m")],
+)
 def test_the_guard_says_what_ran_away(tmp_path, narrow, name):
     settings = tiny(*narrow, "runaway=1", "rollbacks=0", "guard.every=1")
     result = run("train", *settings, "--out", tmp_path)
@@ -643,8 +726,7 @@ def test_ctrl_c_on_weights_that_are_not_numbers_keeps_the_last_checkpoint(tmp_pa
     assert not (tmp_path / "early/ckpt.pt").exists()
 
 
-def test_a_run_made_longer_rolls_back_as_one_that_was_as_long_from_the_start(
-        tmp_path, monkeypatch):
+def test_a_run_made_longer_rolls_back_as_one_that_was_as_long_from_the_start(tmp_path, monkeypatch):
     folders = tmp_path / "whole", tmp_path / "longer"
     for folder, lengths in zip(folders, ((24,), (11, 24)), strict=True):
         poisoned_once(monkeypatch, 14)
@@ -685,7 +767,8 @@ def test_a_guard_that_is_loosened_by_a_change_holds_from_then_on(tmp_path):
 
 
 def test_a_level_is_the_greatest_since_the_checkpoint_before_at_most_a_multiple_of_the_floor(
-        tmp_path, monkeypatch):
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(cebm, "out_of_bounds", lambda *_: None)
     settings = tiny("log_every=1", "guard.gap=1e-3", "runaway=1.1", "average=0")
     assert run("train", *settings, "--out", tmp_path).exit_code == 0
@@ -702,8 +785,14 @@ def test_the_guard_is_silent_on_a_healthy_run(trained):
     assert 1 <= state["level"]["pixel_max"] < 2
 
 
-@pytest.mark.parametrize("setting", ["buffer=10000000", "batch=1000000 buffer=1000000",
-                                     "hidden=65536 channels=[4096,4096,4096,4096]"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "buffer=10000000",
+        "batch=1000000 buffer=1000000",
+        "hidden=65536 channels=[4096,4096,4096,4096]",
+    ],
+)
 def test_sizes_beyond_memory_are_refused_before_any_work(tmp_path, setting):
     result = run("train", *tiny(*setting.split()), "--out", tmp_path, "--device", "cpu")
     assert result.exit_code == 1
@@ -721,8 +810,7 @@ def torchrun(*arguments):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_check(
-        small, tmp_path):
+def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_check(small, tmp_path):
     never = [f"{key}=1000000" for key in ("updates", "checkpoint_every", "guard.every")]
     settings = tiny(*RESTARTED, *never)
     process = launch(*small, *settings, "--out", tmp_path, "--device", "cpu", by=TORCHRUN)
@@ -798,6 +886,7 @@ def three_updates(config, rank, ranks):
 def share(rank, folder):
     """One process of two: its weights into `folder`. The group's threads have to end with it."""
     import torch.distributed.nn  # before there is a group, as in `train`
+
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", None, 2, rank)
     config, group = cebm.compose("quickstart", TINY), weakref.ref(torch.distributed.group.WORLD)
@@ -821,7 +910,8 @@ def test_a_bound_holds_in_training_and_for_samples_of_the_checkpoint(tmp_path):
     loud = tiny("chains.noise_std=0.5", "bound=0.8", "updates=6")
     assert run("train", *loud, "--out", tmp_path).exit_code == 0
     assert [(r["pixel_min"], r["pixel_max"]) for r in rows(tmp_path)] == [
-        (f"{-near}", f"{near}") for near in 2 * [torch.tensor(0.8).item()]]
+        (f"{-near}", f"{near}") for near in 2 * [torch.tensor(0.8).item()]
+    ]
     out = run("sample", tmp_path / "ckpt.pt", "--from", "noise", "--out", tmp_path / "s.png").stdout
     assert "pixels -0.8 to 0.8" in out
     refused = run("train", *tiny("bound=-1"), "--out", tmp_path / "b")
@@ -832,9 +922,10 @@ def test_a_bound_holds_in_training_and_for_samples_of_the_checkpoint(tmp_path):
 def test_samples_from_buffer_noise_and_given_latents(trained, tmp_path):
     checkpoint = trained / "ckpt.pt"
     for name, extra, size in [
-            ("buffer", [], (30 * 4 + 2, 30 * 4 + 2)),
-            ("noise", ["--from", "noise", "--steps", 5], (30 * 4 + 2, 30 * 4 + 2)),
-            ("given", ["--given", 6, "--steps", 3], (30 * 6 + 2, 30 * 2 + 2))]:
+        ("buffer", [], (30 * 4 + 2, 30 * 4 + 2)),
+        ("noise", ["--from", "noise", "--steps", 5], (30 * 4 + 2, 30 * 4 + 2)),
+        ("given", ["--given", 6, "--steps", 3], (30 * 6 + 2, 30 * 2 + 2)),
+    ]:
         paths = [tmp_path / f"{name}{i}.png" for i in range(3)]
         for path, seed in zip(paths, (0, 0, 1), strict=True):
             result = run("sample", checkpoint, "--count", 16, "--seed", seed, "--out", path, *extra)
@@ -850,8 +941,18 @@ def test_the_buffer_itself_is_shown_with_no_steps(trained, tmp_path):
     chains = cebm.load_checkpoint(trained / "ckpt.pt")["buffer"][:, 0].clamp(-1, 1)
     stored = chains.add(1).div(2).mul(255).round().byte().numpy()
     assert (stored == shown).all((1, 2)).sum() == 1
-    run("sample", trained / "ckpt.pt", "--count", 1, "--steps", 0, "--from", "noise",
-        "--out", tmp_path / "b.png")  # not the noise that the buffer began with
+    run(
+        "sample",
+        trained / "ckpt.pt",
+        "--count",
+        1,
+        "--steps",
+        0,
+        "--from",
+        "noise",
+        "--out",
+        tmp_path / "b.png",
+    )  # not the noise that the buffer began with
     noise = np.asarray(Image.open(tmp_path / "b.png").convert("L"))
     assert (stored == noise).mean((1, 2)).max() < 0.05
 
@@ -890,11 +991,20 @@ def test_a_checkpoint_without_a_buffer_says_that_it_starts_from_noise(trained, t
     assert "starting from noise" in result.stdout
 
 
-@pytest.mark.parametrize(("name", "between"), [
-    ("cebm-fmnist", 10), ("cebm-mnist", 10), ("gmm-cebm-fmnist", 10), ("gmm-cebm-mnist", 10),
-    ("cebm-fmnist-latents", 0.6), ("gmm-cebm-fmnist-latents", 0.28)])
+@pytest.mark.parametrize(
+    ("name", "between"),
+    [
+        ("cebm-fmnist", 10),
+        ("cebm-mnist", 10),
+        ("gmm-cebm-fmnist", 10),
+        ("gmm-cebm-mnist", 10),
+        ("cebm-fmnist-latents", 0.6),
+        ("gmm-cebm-fmnist-latents", 0.28),
+    ],
+)
 def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(
-        name, between, tmp_path, monkeypatch):
+    name, between, tmp_path, monkeypatch
+):
     tiny_data(monkeypatch)
     path, name = ROOT / "checkpoints" / f"{name}.pt", name.removesuffix("-latents")
     assert path.stat().st_size < 2e6
@@ -925,8 +1035,16 @@ def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained,
     result = run("knn", checkpoint, checkpoint, "--json", "--limit", 500)
     first, second = json.loads(result.stdout)
     assert first == second
-    assert set(first) == {"checkpoint", "model", "data", "updates", "latent", "untrained", "pixel",
-                          "confusion"}
+    assert set(first) == {
+        "checkpoint",
+        "model",
+        "data",
+        "updates",
+        "latent",
+        "untrained",
+        "pixel",
+        "confusion",
+    }
     counts = torch.tensor(first["confusion"])
     assert counts.sum() == 2000
     assert counts.sum(1).tolist() == [200] * 10
@@ -935,8 +1053,10 @@ def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained,
     model, config, _ = cebm.load_model(checkpoint)
     train, test = (cebm.data.load("glyphs", split) for split in ("train", "test"))
     for space, network in ("latent", model), ("untrained", cebm.new_model(config, "cpu").eval()):
-        a, b = (cebm.evaluate.in_batches(network.represent, images, "cpu")
-                for images in (train[0][::20], test[0]))
+        a, b = (
+            cebm.evaluate.in_batches(network.represent, images, "cpu")
+            for images in (train[0][::20], test[0])
+        )
         right = train[1][::20][cebm.evaluate.nearest(a, b)] == test[1]
         assert first[space] == round(100 * right.double().mean().item(), 2)
     assert first["latent"] != first["untrained"]
@@ -963,7 +1083,11 @@ def test_export_holds_what_the_model_says_of_each_image(trained, tmp_path):
         mean, energy, precision = model.represent(x), model.energy(x), 1 - 2 * model.t(x)[0][:, 1]
     with np.load(out, allow_pickle=False) as arrays:
         assert {k: arrays[k].shape for k in arrays} == {
-            "mean": (2000, 4), "std": (2000, 4), "energy": (2000,), "labels": (2000,)}
+            "mean": (2000, 4),
+            "std": (2000, 4),
+            "energy": (2000,),
+            "labels": (2000,),
+        }
         np.testing.assert_allclose(arrays["mean"][:50], mean, atol=1e-5)
         np.testing.assert_allclose(arrays["std"][:50], precision.rsqrt(), atol=1e-5)
         np.testing.assert_allclose(arrays["energy"][:50], energy, atol=1e-5)
@@ -975,8 +1099,11 @@ def test_export_holds_what_the_model_says_of_each_image(trained, tmp_path):
 
 def test_probe_and_ood_print_a_row_a_checkpoint(trained, monkeypatch):
     checkpoint = trained / "ckpt.pt"
-    monkeypatch.setattr(cebm.models.Conjugate, "represent",  # tells more than the tiny network's
-                        lambda self, x: 0.1 * torch.nn.functional.avg_pool2d(x, 7).flatten(1))
+    monkeypatch.setattr(
+        cebm.models.Conjugate,
+        "represent",  # tells more than the tiny network's
+        lambda self, x: 0.1 * torch.nn.functional.avg_pool2d(x, 7).flatten(1),
+    )
     first, second = json.loads(run("probe", checkpoint, checkpoint, "--json").stdout)
     assert first == second
     assert list(first)[:4] == ["checkpoint", "model", "data", "updates"]
@@ -984,11 +1111,15 @@ def test_probe_and_ood_print_a_row_a_checkpoint(trained, monkeypatch):
     assert first["1"] < first["100"] < first["all"] <= 100
     assert first["1 std"] > 0 == first["all std"]
     row = json.loads(run("ood", checkpoint, "--against", "glyphs", "--json").stdout)[0]
-    assert set(row) - set(first) == {f"{name} {score}" for name in ("glyphs", "uniform", "constant")
-                                     for score in ("logp", "gradient")}
+    assert set(row) - set(first) == {
+        f"{name} {score}"
+        for name in ("glyphs", "uniform", "constant")
+        for score in ("logp", "gradient")
+    }
     assert row["glyphs logp"] == row["glyphs gradient"] == 50  # against itself: all ties
-    monkeypatch.setattr(cebm.models.Conjugate, "energy",
-                        lambda self, x: x.diff(dim=-1).abs().mean((1, 2, 3)))  # roughness
+    monkeypatch.setattr(
+        cebm.models.Conjugate, "energy", lambda self, x: x.diff(dim=-1).abs().mean((1, 2, 3))
+    )  # roughness
     row = json.loads(run("ood", checkpoint, "--json").stdout)[0]
     assert (row["uniform logp"], row["constant logp"]) == (100, 0)
     table = run("ood", checkpoint, "--markdown").stdout.splitlines()
@@ -1005,21 +1136,24 @@ def test_probe_can_be_free_of_the_scale_of_the_latents(trained, tmp_path):
     torch.save(state, tmp_path / "small.pt")
     for options, equal in (((), False), (("--scale",), True)):
         result = run("probe", trained / "ckpt.pt", tmp_path / "small.pt", "--json", *options)
-        first, second = ({k: v for k, v in row.items() if k != "checkpoint"}
-                         for row in json.loads(result.stdout))
+        first, second = (
+            {k: v for k, v in row.items() if k != "checkpoint"} for row in json.loads(result.stdout)
+        )
         assert (first == second) == equal
 
 
 def test_a_map_of_one_latent_dimension_is_a_line(tmp_path):
     run("train", *tiny("latent=1", "updates=1"), "--out", tmp_path)
-    result = run("export", tmp_path / "ckpt.pt", "--out", tmp_path / "a.npz",
-                 "--map", tmp_path / "map.png")
+    result = run(
+        "export", tmp_path / "ckpt.pt", "--out", tmp_path / "a.npz", "--map", tmp_path / "map.png"
+    )
     assert result.exit_code == 0, result.stderr
 
 
 def test_export_can_draw_a_map(trained, tmp_path):
-    result = run("export", trained / "ckpt.pt", "--out", tmp_path / "a.npz",
-                 "--map", tmp_path / "map.png")
+    result = run(
+        "export", trained / "ckpt.pt", "--out", tmp_path / "a.npz", "--map", tmp_path / "map.png"
+    )
     assert result.exit_code == 0, result.stderr
     assert Image.open(tmp_path / "map.png").size == (820, 730)
     assert "PCA" in result.stdout or "UMAP" in result.stdout
@@ -1040,17 +1174,42 @@ def tiny_data(monkeypatch):
 
 # Others' networks are among these: SVHN's are CIFAR-10's, Fashion-MNIST's are MNIST's, the mixtures
 # of CIFAR-10 are on MNIST; a GPU's recipes differ in numbers alone.
-@pytest.mark.parametrize("preset", [
-    p for p, (_, source, _) in cebm.PRESETS.items() if "-gpu" not in p and (
-        source in ("glyphs", "mnist") or p.endswith(("-fast", "-literal"))
-        or (source == "cifar10" and "gmm" not in p))])
-def test_presets_at_their_true_size_train_resume_and_are_evaluated(
-        preset, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "preset",
+    [
+        p
+        for p, (_, source, _) in cebm.PRESETS.items()
+        if "-gpu" not in p
+        and (
+            source in ("glyphs", "mnist")
+            or p.endswith(("-fast", "-literal"))
+            or (source == "cifar10" and "gmm" not in p)
+        )
+    ],
+)
+def test_presets_at_their_true_size_train_resume_and_are_evaluated(preset, tmp_path, monkeypatch):
     tiny_data(monkeypatch)
     model = cebm.compose(preset).model.name
-    arguments = ["--preset", preset, "--out", tmp_path, "--set", "batch=8", "--set", "buffer=16",
-                 "--set", "steps=2", "--set", "final_steps=0", "--set", "decay=none",
-                 "--set", "precision=float32", "--set", "compile=false"]
+    arguments = [
+        "--preset",
+        preset,
+        "--out",
+        tmp_path,
+        "--set",
+        "batch=8",
+        "--set",
+        "buffer=16",
+        "--set",
+        "steps=2",
+        "--set",
+        "final_steps=0",
+        "--set",
+        "decay=none",
+        "--set",
+        "precision=float32",
+        "--set",
+        "compile=false",
+    ]
     for updates in (1, 2):
         result = run("train", *arguments, "--set", f"updates={updates}")
         assert result.exit_code == 0, result.stderr
@@ -1059,8 +1218,9 @@ def test_presets_at_their_true_size_train_resume_and_are_evaluated(
     assert state["updates"] == 2
     assert all(v.isfinite().all() for v in state["model"].values())
     checkpoint, drawn, pictures = tmp_path / "small.pt", tmp_path / "drawn.png", {}
-    torch.save({k: v for k, v in state.items() if k not in ("optimiser", "good", "candidate")},
-               checkpoint)  # a tenth, and read eight times
+    torch.save(
+        {k: v for k, v in state.items() if k not in ("optimiser", "good", "candidate")}, checkpoint
+    )  # a tenth, and read eight times
     loaded = cebm.load_model(checkpoint)[0]
     assert not any(module.training for module in loaded.modules())
     if model.startswith("gmm"):
@@ -1072,8 +1232,12 @@ def test_presets_at_their_true_size_train_resume_and_are_evaluated(
         assert all(torch.equal(found[k], kept[k]) for k in prior)
         assert not any(torch.equal(found[k], fresh[k]) for k in prior)
     chains = not model.endswith(("vae", "gan"))
-    able_to = {"--refine": model == "gan", "--steps": chains, "--from": chains,
-               "--given": model not in ("igebm", "jem", "hdge", "gan")}
+    able_to = {
+        "--refine": model == "gan",
+        "--steps": chains,
+        "--from": chains,
+        "--given": model not in ("igebm", "jem", "hdge", "gan"),
+    }
     for extra in ([], ["--given", 3], ["--refine", 2], ["--steps", 3], ["--from", "noise"]):
         result = run("sample", checkpoint, "--count", 4, "--out", drawn, *extra)
         able = not extra or able_to[extra[0]]
@@ -1116,8 +1280,14 @@ def test_no_update_waits_for_the_gpu_between_two_checks(tmp_path, monkeypatch, c
         return rate(update, *rest)
 
     monkeypatch.setattr(cebm, "learning_rate", observed)
-    settings = tiny("updates=20", "checkpoint_every=20", "log_every=20", "pictures=1",
-                    f"compile={compile}", "precision=bfloat16")
+    settings = tiny(
+        "updates=20",
+        "checkpoint_every=20",
+        "log_every=20",
+        "pictures=1",
+        f"compile={compile}",
+        "precision=bfloat16",
+    )
     try:
         result = run("train", *settings, "--out", tmp_path)
     finally:
@@ -1129,8 +1299,17 @@ def test_no_update_waits_for_the_gpu_between_two_checks(tmp_path, monkeypatch, c
 @pytest.mark.filterwarnings("error:updates are")
 def test_on_a_gpu_recorded_updates_are_the_plain_ones_also_after_a_rollback(tmp_path, monkeypatch):
     import sampling
-    settings = tiny("updates=16", "checkpoint_every=2", "every=1", "decay=cosine", "warmup=0",
-                    "rate=1e-2", "epsilon=1e-3", "compile=false")
+
+    settings = tiny(
+        "updates=16",
+        "checkpoint_every=2",
+        "every=1",
+        "decay=cosine",
+        "warmup=0",
+        "rate=1e-2",
+        "epsilon=1e-3",
+        "compile=false",
+    )
     states, bounds = [], cebm.out_of_bounds
     for name, recorded in ("recorded", True), ("plain", False):
         checks = []
@@ -1154,13 +1333,19 @@ def test_on_a_gpu_recorded_updates_are_the_plain_ones_also_after_a_rollback(tmp_
                 assert (value - untrained[name]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("preset", ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist-r1",
-                                    "rbm-mnist", "igebm-fmnist-fast"])
+@pytest.mark.parametrize(
+    "preset",
+    ["gmm-cebm-fmnist", "gmm-vae-mnist", "bigan-mnist-r1", "rbm-mnist", "igebm-fmnist-fast"],
+)
 def test_runs_with_random_losses_priors_restarts_or_gibbs_chains_resume_bit_for_bit(
-        preset, tmp_path, monkeypatch):
+    preset, tmp_path, monkeypatch
+):
     tiny_data(monkeypatch)
-    arguments = ["--preset", preset, *tiny("hidden=8", "updates=8", "warmup=0", "pictures=2",
-                                          "decay=none", "reuse=0.5")]
+    arguments = [
+        "--preset",
+        preset,
+        *tiny("hidden=8", "updates=8", "warmup=0", "pictures=2", "decay=none", "reuse=0.5"),
+    ]
     run("train", *arguments, "--out", tmp_path / "whole")
     for updates in ("updates=3", "updates=8"):
         result = run("train", *arguments, "--set", updates, "--out", tmp_path / "parts")
@@ -1176,8 +1361,9 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
     four = {f"{m}-{d}" for m in seven for d in ("mnist", "fmnist", "cifar10", "svhn")}
     two = {f"{m}-{d}" for m in ("gan", "jem", "hdge", "rbm", "efh") for d in ("mnist", "fmnist")}
     assert len(four | two) == 38
-    fast = {f"{m}-{d}-fast" for m in ("cebm", "gmm-cebm", "igebm", "jem")
-            for d in ("mnist", "fmnist")}
+    fast = {
+        f"{m}-{d}-fast" for m in ("cebm", "gmm-cebm", "igebm", "jem") for d in ("mnist", "fmnist")
+    }
     gpu = {f"{m}-gpu" for m in ("cebm-mnist", "gmm-cebm-mnist", "cebm-cifar10", "igebm-cifar10")}
     r1 = {f"{m}-{d}-r1" for m in ("gan", "bigan", "gmm-bigan") for d in ("mnist", "fmnist")}
     others = {"quickstart", "cebm-folder", "cebm-fmnist-literal"}
@@ -1196,7 +1382,13 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
         assert cebm.parse_config(printed) == cebm.compose(name)
     without = {line.split()[0] for line in run("show").stdout.splitlines() if "chains" not in line}
     assert {cebm.compose(name).model.name for name in without} == {
-        "vae", "gmm-vae", "bigan", "gmm-bigan", "gan", "hdge"}
+        "vae",
+        "gmm-vae",
+        "bigan",
+        "gmm-bigan",
+        "gan",
+        "hdge",
+    }
     facts = yaml.safe_load(run("show", trained / "ckpt.pt").stdout)
     assert (facts["preset"], facts["updates"], facts["seed"]) == ("quickstart", 24, 0)
     assert facts["torch"] == str(torch.__version__)
@@ -1208,29 +1400,35 @@ def test_the_literal_preset_differs_in_the_step_and_the_two_noises_alone():
     assert differing == {"chains.step_size", "chains.noise_std", "data.noise_std"}
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["--preset", "cebm-fminst"], "did you mean cebm-fmnist?"),
-    (["--set", "train.ratee=1"], "did you mean train.rate?"),
-    (["--set", "noise_std=1"], "could be chains.noise_std or data.noise_std"),
-    (["--set", "rate"], "is not KEY=VALUE"),
-    (["--set", "rate=fast"], "train.rate = 'fast': it has to be a number from 0 to 10"),
-    (["--set", "rate=.nan"], "train.rate = nan"),
-    (["--set", "rate=true"], "train.rate = True"),
-    (["--set", "rate=2001-99-99"], "is not a YAML value"),
-    (["--device", "meta"], "--device meta: "),
-    (["--set", "steps=0"], "chains.steps = 0: it has to be a whole number from 1"),
-    (["--set", "steps=2.5"], "chains.steps = 2.5"),
-    (["--set", "head=both"], "one of shared, separate"),
-    (["--set", "channels=[1, 2]"], "a list of 4 numbers, each from 1 to 4,096"),
-    (["--preset", "vae-mnist", "--set", "image=[1, 30, 30]"], "vae is for images of 28 x 28 or"),
-    (["--set", "likelihood=gauss"], "one of bernoulli, continuous_bernoulli"),
-    (["--set", "channels={a: [}"], "is not a YAML value"),
-    (["--set", "compile=!!bool maybe"], "is not a YAML value"),
-    (["--set", "buffer=7"], "must not exceed chains.buffer"),
-    (["--set", "image=[1, 4, 4]"], "at least 8 x 8"),
-    (["--device", "abacus"], "--device abacus: "),
-    (["--seed", "-1"], "seed"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "cebm-fminst"], "did you mean cebm-fmnist?"),
+        (["--set", "train.ratee=1"], "did you mean train.rate?"),
+        (["--set", "noise_std=1"], "could be chains.noise_std or data.noise_std"),
+        (["--set", "rate"], "is not KEY=VALUE"),
+        (["--set", "rate=fast"], "train.rate = 'fast': it has to be a number from 0 to 10"),
+        (["--set", "rate=.nan"], "train.rate = nan"),
+        (["--set", "rate=true"], "train.rate = True"),
+        (["--set", "rate=2001-99-99"], "is not a YAML value"),
+        (["--device", "meta"], "--device meta: "),
+        (["--set", "steps=0"], "chains.steps = 0: it has to be a whole number from 1"),
+        (["--set", "steps=2.5"], "chains.steps = 2.5"),
+        (["--set", "head=both"], "one of shared, separate"),
+        (["--set", "channels=[1, 2]"], "a list of 4 numbers, each from 1 to 4,096"),
+        (
+            ["--preset", "vae-mnist", "--set", "image=[1, 30, 30]"],
+            "vae is for images of 28 x 28 or",
+        ),
+        (["--set", "likelihood=gauss"], "one of bernoulli, continuous_bernoulli"),
+        (["--set", "channels={a: [}"], "is not a YAML value"),
+        (["--set", "compile=!!bool maybe"], "is not a YAML value"),
+        (["--set", "buffer=7"], "must not exceed chains.buffer"),
+        (["--set", "image=[1, 4, 4]"], "at least 8 x 8"),
+        (["--device", "abacus"], "--device abacus: "),
+        (["--seed", "-1"], "seed"),
+    ],
+)
 def test_wrong_usage_is_refused_before_any_work(tmp_path, arguments, says):
     result = run("train", *arguments, "--out", tmp_path / "run")
     assert result.exit_code == 2
@@ -1238,12 +1436,14 @@ def test_wrong_usage_is_refused_before_any_work(tmp_path, arguments, says):
     assert not (tmp_path / "run").exists()
 
 
-KEYS = [f"{section.name}.{key.name}" for section in fields(cebm.Config)
-        for key in fields(section.type)]
+KEYS = [
+    f"{section.name}.{key.name}" for section in fields(cebm.Config) for key in fields(section.type)
+]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
-    max_leaves=6)
+    max_leaves=6,
+)
 
 
 def test_another_name_of_the_model_or_the_data_brings_its_recipe():
@@ -1256,8 +1456,13 @@ def test_another_name_of_the_model_or_the_data_brings_its_recipe():
 
 def test_a_table_that_finds_no_room_is_an_error_in_a_line():
     with open("/dev/full", "w") as full:
-        result = subprocess.run([sys.executable, ROOT / "cebm.py", "show"], stdout=full,
-                                stderr=subprocess.PIPE, text=True, check=False)
+        result = subprocess.run(
+            [sys.executable, ROOT / "cebm.py", "show"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     assert result.returncode == 1
     assert "No space left" in result.stderr
     assert "Traceback" not in result.stderr
@@ -1298,8 +1503,15 @@ def test_a_checkpoint_without_a_key_that_came_later_has_its_default(trained, tmp
 
 def spoiled(folder):
     """Whole checkpoints but for one value each."""
-    changes = [("format", 1), ("config", {}), ("config", {"data": 3}), ("updates", -1),
-               ("buffer", "x"), ("buffer", torch.zeros(1, 1, 28, 28)), ("model", 3)]
+    changes = [
+        ("format", 1),
+        ("config", {}),
+        ("config", {"data": 3}),
+        ("updates", -1),
+        ("buffer", "x"),
+        ("buffer", torch.zeros(1, 1, 28, 28)),
+        ("model", 3),
+    ]
     for key, value in changes:
         state = cebm.load_checkpoint(folder / "ckpt.pt")
         state[key] = value
@@ -1311,8 +1523,14 @@ def spoiled(folder):
 
 def test_files_that_are_no_checkpoint_are_refused_and_run_no_code(trained, tmp_path):
     whole, bad = (trained / "ckpt.pt").read_bytes(), tmp_path / "bad.pt"
-    contents = [b"", b"hello", whole[:100], whole[:len(whole) // 2], whole[:-1],
-                pickle.dumps(Payload(tmp_path / "ran"))]
+    contents = [
+        b"",
+        b"hello",
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        pickle.dumps(Payload(tmp_path / "ran")),
+    ]
     payload = {"format": cebm.FORMAT, "config": Payload(tmp_path / "ran")}
     torch.save(payload, tmp_path / "payload.pt")
     contents.append((tmp_path / "payload.pt").read_bytes())
@@ -1338,7 +1556,7 @@ def test_cut_and_flipped_checkpoints_are_refused_or_load_right(trained, tmp_path
     for i in range(400):
         place = chance.randrange(len(whole))
         flipped = bytes([whole[place] ^ 1 << chance.randrange(8)])
-        path.write_bytes(whole[:place] + (flipped + whole[place + 1:] if i % 2 else b""))
+        path.write_bytes(whole[:place] + (flipped + whole[place + 1 :] if i % 2 else b""))
         result = run("show", path)
         assert "Traceback" not in result.stderr
         if result.exit_code:
@@ -1389,8 +1607,10 @@ def test_pictures_go_only_where_a_file_can_be(trained, tmp_path, monkeypatch, ou
     assert Path("new/folder/a.png").is_file()
 
 
-@pytest.mark.parametrize(("command", "option"), [("sample", "--out"), ("knn", "--plot"),
-                                                 ("export", "--out"), ("export", "--map")])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("sample", "--out"), ("knn", "--plot"), ("export", "--out"), ("export", "--map")],
+)
 def test_where_nothing_can_be_written_is_refused_before_the_work(tmp_path, command, option):
     (tmp_path / "file").write_text("no checkpoint")
     (tmp_path / "file.pt").write_text("a checkpoint")
@@ -1401,7 +1621,10 @@ def test_where_nothing_can_be_written_is_refused_before_the_work(tmp_path, comma
     (tmp_path / "a").write_text("old")  # where it can be, it waits for what is written
     assert "no whole checkpoint" in run(command, tmp_path / "file", option, tmp_path / "a").stderr
     assert [(p.name, p.read_text()) for p in sorted(tmp_path.iterdir())] == [
-        ("a", "old"), ("file", "no checkpoint"), ("file.pt", "a checkpoint")]
+        ("a", "old"),
+        ("file", "no checkpoint"),
+        ("file.pt", "a checkpoint"),
+    ]
 
 
 def test_latents_and_their_map_are_not_written_to_one_place(trained, tmp_path, monkeypatch):
@@ -1422,19 +1645,30 @@ def test_a_linked_checkpoint_is_written_where_it_lies(trained, tmp_path):
     assert cebm.load_checkpoint(tmp_path / "disk/big.pt")["updates"] == 25
 
 
-@pytest.mark.parametrize("change", [("presets:", "preset:"), ("models:", "model:"),
-                                    ("limits:", "limit:"), ("of: {cebm-fmnist:", "of: {cebm-f:"),
-                                    ("common:", "commons:"), ("{trunk: small}", "{trunk: smal}"),
-                                    ("data:", "data: ["), ("    reuse: [", "    reuze: ["),
-                                    ("reuse: 0.99", "reuse: 9.9"), ("pcd: {}", "pcd: {trian: {}}")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("presets:", "preset:"),
+        ("models:", "model:"),
+        ("limits:", "limit:"),
+        ("of: {cebm-fmnist:", "of: {cebm-f:"),
+        ("common:", "commons:"),
+        ("{trunk: small}", "{trunk: smal}"),
+        ("data:", "data: ["),
+        ("    reuse: [", "    reuze: ["),
+        ("reuse: 0.99", "reuse: 9.9"),
+        ("pcd: {}", "pcd: {trian: {}}"),
+    ],
+)
 def test_a_misspelt_configs_yaml_is_named_in_a_line(tmp_path, change):
     (tmp_path / "cebm.py").write_text((ROOT / "cebm.py").read_text())
     text = (ROOT / "configs.yaml").read_text()
     assert change[0] in text
     (tmp_path / "configs.yaml").write_text(text.replace(*change))
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cebm; cebm.main(['show'])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                            cwd=tmp_path, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert result.returncode in (1, 2)
     assert "configs.yaml" in result.stderr
     assert "Traceback" not in result.stderr
@@ -1445,8 +1679,12 @@ def test_a_variant_of_a_preset_keeps_what_that_sets(tmp_path):
     text = (ROOT / "configs.yaml").read_text()
     (tmp_path / "configs.yaml").write_text(text.replace("variants:", mine))
     (tmp_path / "cebm.py").write_text((ROOT / "cebm.py").read_text())
-    result = subprocess.run([sys.executable, tmp_path / "cebm.py", "show", "quickstart-mine"],
-                            capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "cebm.py", "show", "quickstart-mine"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     wanted = cebm.compose("quickstart", ["l2=0.2", "rate=2e-3"])
     assert yaml.safe_load(result.stdout) == asdict(wanted)
 
@@ -1485,16 +1723,28 @@ def test_a_folder_of_images_trains_and_is_evaluated(tmp_path):
     assert result.exit_code == 0, result.stderr
     result = run("knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json")
     assert len(json.loads(result.stdout)[0]["confusion"]) == 2
-    few = run("knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json",
-              "--limit", 4)
+    few = run(
+        "knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json", "--limit", 4
+    )
     assert json.loads(few.stdout)[0]["pixel"] == 100  # two of each class, though files are sorted
     shown = tmp_path / "given.png"
-    run("sample", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--given", 2,
-        "--steps", 1, "--out", shown)
+    run(
+        "sample",
+        tmp_path / "run/ckpt.pt",
+        "--data-dir",
+        tmp_path / "images",
+        "--given",
+        2,
+        "--steps",
+        1,
+        "--out",
+        shown,
+    )
     picture = np.asarray(Image.open(shown).convert("L"))  # one of each class, likewise
     assert picture[2:18, 2:18].max() < 128 <= picture[2:18, 20:36].min()
-    row = json.loads(run("probe", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images",
-                         "--json").stdout)[0]
+    row = json.loads(
+        run("probe", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json").stdout
+    )[0]
     assert [key for key in row if key.isdigit()] == ["1", "10"]  # there are ten a class
     (tmp_path / "images/train/dark/3.png").write_bytes(b"no picture")
     assert "dark/3.png cannot be read" in run("train", *arguments, *chosen).stderr
@@ -1517,10 +1767,17 @@ def test_a_folder_that_cannot_be_written_keeps_its_old_file(tmp_path, monkeypatc
 
 def test_help_needs_no_torch():
     for command in ("", "train", "sample", "knn", "probe", "ood", "export", "show"):
-        code = ("import sys, cebm\ntry: cebm.main(sys.argv[1:])\nexcept SystemExit: pass\n"
-                "print('torch' in sys.modules)")
+        code = (
+            "import sys, cebm\ntry: cebm.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+            "print('torch' in sys.modules)"
+        )
         arguments = [a for a in (command, "--help") if a]
-        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT,
-                                capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert result.stdout.splitlines()[-1] == "False"
         assert not command or "Example: python cebm.py " + command in result.stdout

@@ -13,6 +13,7 @@ from torchvision import datasets
 
 import data
 
+
 def write_idx(folder, count=20, name="MNIST"):
     """MNIST's four files with `count` images each; pixel values say which image and pixel it is."""
     raw = folder / name / "raw"
@@ -23,13 +24,15 @@ def write_idx(folder, count=20, name="MNIST"):
         header = struct.pack(">IIII", 2051, count, 28, 28)
         (raw / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">II", 2049, count) + labels.tobytes())
+            struct.pack(">II", 2049, count) + labels.tobytes()
+        )
     return torch.tensor(pixels)[:, None], torch.tensor(labels).long()
 
 
 @pytest.fixture
 def offline(monkeypatch):
     """Downloads fail as they do without a network."""
+
     def refuse(*args, **kwargs):
         raise URLError("no route to host")
 
@@ -41,8 +44,11 @@ def offline(monkeypatch):
 @pytest.fixture
 def counted(monkeypatch):
     """The loaders expect 20 images a split, as the files made here have."""
-    monkeypatch.setattr(data, "PUBLIC", {
-        k: (v[0], dict.fromkeys(("train", "test", "extra"), 20)) for k, v in data.PUBLIC.items()})
+    monkeypatch.setattr(
+        data,
+        "PUBLIC",
+        {k: (v[0], dict.fromkeys(("train", "test", "extra"), 20)) for k, v in data.PUBLIC.items()},
+    )
 
 
 @pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fmnist", "FashionMNIST")])
@@ -64,20 +70,24 @@ def test_cifar_batches_come_back_as_channels_first(tmp_path, counted, monkeypatc
         (folder / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
-    batches = [put(f"data_batch_{i + 1}", {"data": pixels[4 * i:4 * i + 4], "labels": [i] * 4})
-               for i in range(5)]
+    batches = [
+        put(f"data_batch_{i + 1}", {"data": pixels[4 * i : 4 * i + 4], "labels": [i] * 4})
+        for i in range(5)
+    ]
     meta = put("batches.meta", {"label_names": list("abcdefghij")})
     monkeypatch.setattr(datasets.CIFAR10, "train_list", batches)
     monkeypatch.setattr(datasets.CIFAR10, "test_list", batches)
-    monkeypatch.setattr(datasets.CIFAR10, "meta",
-                        {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    monkeypatch.setattr(
+        datasets.CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]}
+    )
     images, labels = data.load("cifar10", "train", str(tmp_path), (3, 32, 32))
     assert torch.equal(images, torch.tensor(pixels).view(20, 3, 32, 32))
     assert labels.tolist() == [i // 4 for i in range(20)]
 
 
 def test_svhn_files_come_back_with_zero_for_the_digit_zero_and_extra_appended(
-        tmp_path, counted, monkeypatch):
+    tmp_path, counted, monkeypatch
+):
     from scipy.io import savemat
 
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)

@@ -14,15 +14,23 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import evaluate
 
+
 def brute_force(train, test):
     """Squared distances by float64 differences, one by one: (M, N)."""
-    return torch.stack([torch.stack([((a - b) ** 2).sum() for a in train.double()])
-                        for b in test.double()])
+    return torch.stack(
+        [torch.stack([((a - b) ** 2).sum() for a in train.double()]) for b in test.double()]
+    )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 20), st.integers(1, 5),
-       st.sampled_from([1.0, 1e-3, 1e4]), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.sampled_from([1.0, 1e-3, 1e4]),
+    st.booleans(),
+)
 def test_nearest_is_brute_force_with_ties_to_the_first(seed, n, m, dim, offset, integers):
     generator = torch.Generator().manual_seed(seed)
     train = torch.randn(n, dim, generator=generator)
@@ -64,8 +72,13 @@ def test_of_vectors_that_are_all_equal_the_first_is_nearest():
 @pytest.mark.parametrize(("count", "dim"), [(3, 50), (200, 2)])
 def test_nearest_holds_so_many_numbers_at_a_time(monkeypatch, count, dim):
     held, addmm = [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda a, b, c, **scale: (
-        held.append(max(c.numel(), len(b) * c.shape[1])) or addmm(a, b, c, **scale)))
+    monkeypatch.setattr(
+        torch,
+        "addmm",
+        lambda a, b, c, **scale: (
+            held.append(max(c.numel(), len(b) * c.shape[1])) or addmm(a, b, c, **scale)
+        ),
+    )
     evaluate.nearest(torch.ones(300, dim), torch.ones(count, dim), floats=1000)
     assert 500 < max(held) <= 1000
 
@@ -92,8 +105,11 @@ def test_logistic_regression_does_not_stop_early_on_many_points_of_small_feature
 
 def test_a_probe_sees_so_many_labels_a_class_and_reports_mean_and_deviation(monkeypatch):
     fit, seen = evaluate.logistic_regression, []
-    monkeypatch.setattr(evaluate, "logistic_regression", lambda x, y, *rest: (
-        seen.append(y.bincount().tolist()) or fit(x, y, *rest)))
+    monkeypatch.setattr(
+        evaluate,
+        "logistic_regression",
+        lambda x, y, *rest: seen.append(y.bincount().tolist()) or fit(x, y, *rest),
+    )
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(600) % 3
     x = 0.7 * torch.randn(600, 4, generator=generator) + torch.nn.functional.one_hot(y, 4)
@@ -153,8 +169,13 @@ def test_the_map_has_a_point_of_its_classs_colour_and_a_legend():
 
 
 def test_the_legend_of_a_map_has_room_for_any_number_of_classes():
-    picture = Image.open(io.BytesIO(evaluate.map_png(
-        torch.rand(60, 2), torch.arange(60), [str(k) for k in range(60)], "title")))
+    picture = Image.open(
+        io.BytesIO(
+            evaluate.map_png(
+                torch.rand(60, 2), torch.arange(60), [str(k) for k in range(60)], "title"
+            )
+        )
+    )
     legend = np.asarray(picture)[45::18, 709]
     assert len(np.unique(legend[:60], axis=0)) == 60
 

@@ -108,8 +108,10 @@ def test_the_energy_gradient_agrees_with_finite_differences(x):
     assert torch.autograd.gradcheck(lambda v: model.joint_energy(v, z), x, atol=1e-6)
 
 
-@pytest.mark.parametrize(("preset", "sides", "features"), [
-    ("cebm-mnist", [28, 14, 7, 3], 288), ("cebm-cifar10", [32, 16, 8, 4], 8192)])
+@pytest.mark.parametrize(
+    ("preset", "sides", "features"),
+    [("cebm-mnist", [28, 14, 7, 3], 288), ("cebm-cifar10", [32, 16, 8, 4], 8192)],
+)
 def test_table_5_shapes_at_every_stage(preset, sides, features):
     config = cebm.compose(preset)
     model = models.build(config.model, config.data.image, 10)
@@ -132,8 +134,12 @@ def test_energies_are_finite_float32_under_autocast_for_pixels_up_to_1e12(scale,
     model = models.build(config, (1, 28, 28), 10)
     x = scale * torch.randn(4, 1, 28, 28)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = [model.energy(x), model.represent(x), model.posterior(x).stddev,
-                   model.joint_energy(x, model.represent(x))]
+        outputs = [
+            model.energy(x),
+            model.represent(x),
+            model.posterior(x).stddev,
+            model.joint_energy(x, model.represent(x)),
+        ]
     for output in outputs:
         assert output.dtype == torch.float32
         assert output.isfinite().all()
@@ -156,8 +162,14 @@ def test_the_loss_is_the_gap_plus_l2_and_reaches_every_parameter(x, l2_on):
 
 def mixture(latent=1, components=3, **changes):
     """A GMM-CEBM whose components differ and are of different widths."""
-    return small(latent, "gmm-cebm", components=components, prior_mean_std=2.0,
-                 prior_std=[0.5, 1.5], **changes)
+    return small(
+        latent,
+        "gmm-cebm",
+        components=components,
+        prior_mean_std=2.0,
+        prior_std=[0.5, 1.5],
+        **changes,
+    )
 
 
 def test_the_mixtures_energy_is_its_joint_energy_integrated_over_z(x):
@@ -192,9 +204,12 @@ def test_a_mixture_of_one_standard_component_is_the_cebm(x):
     model = small(4, "gmm-cebm", components=3, prior_mean_std=0.0, prior_std=[1.0, 1.0])
     model.network.load_state_dict(plain.network.state_dict())
     z = torch.randn(5, 4, dtype=torch.float64)
-    for a, b in [(plain.energy(x), model.energy(x)), (plain.represent(x), model.represent(x)),
-                 (plain.joint_energy(x, z), model.joint_energy(x, z)),
-                 (plain.posterior(x).log_prob(z), model.posterior(x).log_prob(z))]:
+    for a, b in [
+        (plain.energy(x), model.energy(x)),
+        (plain.represent(x), model.represent(x)),
+        (plain.joint_energy(x, z), model.joint_energy(x, z)),
+        (plain.posterior(x).log_prob(z), model.posterior(x).log_prob(z)),
+    ]:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
@@ -280,8 +295,12 @@ def test_block_gibbs_on_a_tiny_rbm_reaches_the_enumerated_marginal():
 
 def test_gaussian_chains_of_an_efh_forget_their_start():
     model = build("efh", latent=8)
-    ends = [sampling.mover(model, None, 30, 0, 0, torch.Generator().manual_seed(0))(
-        torch.full((500, 1, 28, 28), start)) for start in (-3.0, 3.0)]
+    ends = [
+        sampling.mover(model, None, 30, 0, 0, torch.Generator().manual_seed(0))(
+            torch.full((500, 1, 28, 28), start)
+        )
+        for start in (-3.0, 3.0)
+    ]
     assert abs(ends[0].mean() - ends[1].mean()) < 0.01
     assert abs(ends[0].std() - model.config.visible_std) < 0.05
 
@@ -345,11 +364,15 @@ def stages(network, x):
     return seen
 
 
-@pytest.mark.parametrize(("preset", "expected"), [
-    ("vae-mnist", [(32, 6, 6), (64, 12, 12), (64, 26, 26), (1, 28, 28)]),
-    ("vae-cifar10", [(32, 8, 8), (64, 16, 16), (64, 32, 32), (3, 32, 32)]),
-    ("bigan-mnist", [(64, 2, 2), (64, 4, 4), (32, 7, 7), (32, 14, 14), (1, 28, 28)]),
-    ("bigan-cifar10", [(512, 2, 2), (256, 4, 4), (128, 8, 8), (64, 16, 16), (3, 32, 32)])])
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("vae-mnist", [(32, 6, 6), (64, 12, 12), (64, 26, 26), (1, 28, 28)]),
+        ("vae-cifar10", [(32, 8, 8), (64, 16, 16), (64, 32, 32), (3, 32, 32)]),
+        ("bigan-mnist", [(64, 2, 2), (64, 4, 4), (32, 7, 7), (32, 14, 14), (1, 28, 28)]),
+        ("bigan-cifar10", [(512, 2, 2), (256, 4, 4), (128, 8, 8), (64, 16, 16), (3, 32, 32)]),
+    ],
+)
 def test_decoders_and_generators_have_the_shapes_of_tables_7_and_8(preset, expected):
     config = cebm.compose(preset)
     model = models.build(config.model, config.data.image, 10).eval()
@@ -401,8 +424,9 @@ def test_a_bigans_means_are_standardised_over_a_batch_and_later_by_what_batches_
         model.encoder.heads[0][-1].bias += 5
         means = torch.stack([model.posterior(x).mean for _ in range(200)])
     torch.testing.assert_close(means.mean(1), torch.zeros(200, means.shape[2]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(means.var(1, correction=0), torch.ones(200, means.shape[2]),
-                               atol=0.02, rtol=0)  # short of one by the norm's epsilon
+    torch.testing.assert_close(
+        means.var(1, correction=0), torch.ones(200, means.shape[2]), atol=0.02, rtol=0
+    )  # short of one by the norm's epsilon
     model.eval()
     later = model.represent(x[:7])
     torch.testing.assert_close(later, model.represent(x)[:7])  # by itself, not by its batch
@@ -457,8 +481,9 @@ def test_batch_normalisation_of_rows_is_that_of_maps_with_second_derivatives():
         at = x.clone().to(memory_format=torch.channels_last).requires_grad_(True)
         (slope,) = torch.autograd.grad((y := norm(at)).pow(3).sum(), at, create_graph=True)
         slope.square().sum().backward()
-        ends.append([y, slope, at.grad, norm.weight.grad, *norm.state_dict().values(),
-                     norm.eval()(at)])
+        ends.append(
+            [y, slope, at.grad, norm.weight.grad, *norm.state_dict().values(), norm.eval()(at)]
+        )
     torch.testing.assert_close(*ends)
 
 
@@ -474,8 +499,11 @@ def test_langevin_refinement_lowers_a_gans_latent_energy():
     z = model.prior.sample(64).detach()
     end = sampling.langevin(model.latent_energy, z, 50, 0.05, 0.0)
     assert (model.latent_energy(end) < model.latent_energy(z)).all()
-    assert torch.allclose(model.latent_energy(z), -Normal(0, 1).log_prob(z).sum(1)
-                          - model.discriminator(model.generator(z)), atol=1e-4)
+    assert torch.allclose(
+        model.latent_energy(z),
+        -Normal(0, 1).log_prob(z).sum(1) - model.discriminator(model.generator(z)),
+        atol=1e-4,
+    )
 
 
 def test_a_linear_gaussian_vaes_elbo_is_below_its_evidence_and_tight_at_the_optimum(monkeypatch):
@@ -487,16 +515,18 @@ def test_a_linear_gaussian_vaes_elbo_is_below_its_evidence_and_tight_at_the_opti
     evidence = torch.distributions.MultivariateNormal(torch.zeros(4), cov).log_prob(x)
     variance = 1 / (1 + w.square().sum(0) / s**2)
     mean = variance * (x @ w) / s**2
-    monkeypatch.setattr(model, "log_likelihood",
-                        lambda x, z: Normal(z @ w.T, s).log_prob(x.flatten(1)).sum(1))
+    monkeypatch.setattr(
+        model, "log_likelihood", lambda x, z: Normal(z @ w.T, s).log_prob(x.flatten(1)).sum(1)
+    )
     many = x.expand(100_000, 4)
     for shift, scale, tight in [(0.0, 1.0, True), (0.3, 1.0, False), (0.0, 1.7, False)]:
         q = models.normal(*(v.expand(100_000, 2) for v in (mean + shift, scale * variance**0.5)))
         monkeypatch.setattr(model, "posterior", lambda x, q=q: q)
         energies = model.energy(many)
         elbo, error = -energies.mean(), energies.std() / 100_000**0.5
-        kl = kl_divergence(models.normal(mean + shift, scale * variance**0.5),
-                           models.normal(mean, variance**0.5))  # evidence - ELBO
+        kl = kl_divergence(
+            models.normal(mean + shift, scale * variance**0.5), models.normal(mean, variance**0.5)
+        )  # evidence - ELBO
         assert abs(evidence - kl - elbo) < 5 * error
         assert tight == (abs(evidence - elbo) < 5 * error).item()
 

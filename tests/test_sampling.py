@@ -9,6 +9,7 @@ import cebm
 import models
 import sampling
 
+
 def network(latent=8):
     config = cebm.compose("cebm-mnist").model
     config = replace(config, channels=[8, 8, 8, 8], hidden=16, latent=latent)
@@ -22,8 +23,14 @@ def seeded(seed=0):
 
 def test_long_chains_on_a_gaussian_have_its_mean_and_the_discretised_variance():
     mean, variance, step = 1.5, 2.0, 0.5
-    x = sampling.langevin(lambda x: (x - mean).square().sum(1) / (2 * variance),
-                          torch.zeros(20_000, 3), 200, step, step**0.5 * 2**0.5, seeded())
+    x = sampling.langevin(
+        lambda x: (x - mean).square().sum(1) / (2 * variance),
+        torch.zeros(20_000, 3),
+        200,
+        step,
+        step**0.5 * 2**0.5,
+        seeded(),
+    )
     # x <- a x + noise with a = 1 - step / variance settles at variance noise^2 / (1 - a^2).
     settled = 2 * step / (1 - (1 - step / variance) ** 2)
     error = (settled / 20_000) ** 0.5
@@ -60,8 +67,9 @@ def test_a_bounded_step_ends_at_the_nearest_point_within_the_bound_on_both_paths
 
 
 def test_bounded_chains_without_an_energy_fill_the_range_evenly_but_for_the_ends():
-    x = sampling.langevin(lambda x: 0 * x.sum(1), torch.zeros(20_000, 1), 400, 1.0, 0.2, seeded(),
-                          bound=1.0)
+    x = sampling.langevin(
+        lambda x: 0 * x.sum(1), torch.zeros(20_000, 1), 400, 1.0, 0.2, seeded(), bound=1.0
+    )
     inner = x[x.abs() < 0.5].abs()
     assert x.abs().max() == 1
     assert abs((inner < 0.25).double().mean() - 0.5) < 5 * 0.5 / len(inner) ** 0.5
@@ -70,7 +78,8 @@ def test_bounded_chains_without_an_energy_fill_the_range_evenly_but_for_the_ends
 def test_the_same_generator_gives_the_same_chains_and_another_does_not():
     model, x = network(), torch.zeros(4, 1, 28, 28)
     one, two, other = (
-        sampling.langevin(model.energy, x, 3, 1.0, 0.01, seeded(s)) for s in (0, 0, 1))
+        sampling.langevin(model.energy, x, 3, 1.0, 0.01, seeded(s)) for s in (0, 0, 1)
+    )
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 
@@ -166,8 +175,9 @@ def test_compiled_chains_are_the_reference_to_float32_rounding(name):
     for frozen in (True, False):
         for p in model.parameters():
             p.requires_grad_(not frozen)
-        torch.testing.assert_close(sampling.langevin(energy, x, 2, 1e3, 0.0), expected,
-                                   atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            sampling.langevin(energy, x, 2, 1e3, 0.0), expected, atol=2e-5, rtol=0
+        )
     assert (expected - x).abs().max() > 0.01
 
 
