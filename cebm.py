@@ -1,596 +1,1641 @@
-"""The commands, the configuration, checkpoints and the training loop: `python cebm.py --help`."""
+"""Train, sample and evaluate conjugate energy-based models: `python cebm.py --help`.
+
+Four sections in reading order: configuration, checkpoints, training, commands. Models are in
+models.py, chains in sampling.py, images in data.py, 1-NN and pictures in evaluate.py, and every
+number of every recipe in configs.yaml. An *update* is a step of the optimiser, a *step* one of a
+chain.
+"""
+
+from __future__ import annotations
 
 import atexit
 import copy
 import difflib
-import fcntl
-import importlib
+import importlib.util
 import io
 import json
 import math
 import os
+import secrets
+import shlex
+import shutil
 import signal
 import sys
 import time
 import zipfile
-from contextlib import suppress
-from dataclasses import asdict, make_dataclass
-from functools import lru_cache, partial
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Literal,
+    TypedDict,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 import click
 import yaml
 from click import ClickException as Failure  # one message on stderr, exit status 1
+from click.core import ParameterSource
 
 
-class Lazy:
-    """A module that is imported when it is first used, so that `--help` answers at once."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __getattr__(self, attribute: str):
-        return getattr(importlib.import_module(self._name), attribute)
-
-
-def _tree(model: str, source: str, overrides: dict) -> dict:
-    """The sections of a preset: recipes.common, then what the model, its data and trunk set."""
-    kind = BOOK["models"].get(str(overrides.get("model.name")), BOOK["models"][model])
-    images = dict(BOOK["data"].get(str(overrides.get("data.name")), BOOK["data"][source]))
-    shape, recipe = BOOK["trunks"][images.pop("trunk")], BOOK["recipes"][kind["recipe"]]
-    tree = {section: COMMON[section] | recipe.get(section, {}) for section in COMMON | recipe}
-    tree["data"] |= {"name": source, **images}
-    tree["model"] |= {"name": model, **shape, **kind["set"]}
-    for (section, key), value in ((k.split("."), v) for k, v in overrides.items()):
-        tree[section][key] = value
-    return tree
+def lazy_import(name: str):
+    """The module `name`, executed when it is first used, so that `--help` answers at once."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise SystemExit(f"{name} is not installed here: . .venv/bin/activate, or see README.md")
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _nearest(word, known) -> str:
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    import data
+    import evaluate
+    import models
+    import sampling
+else:
+    torch, data, evaluate, models, sampling = map(
+        lazy_import, ("torch", "data", "evaluate", "models", "sampling")
+    )
+
+# Configuration. A section of a configuration is a dataclass; a key's type, bounds and meaning stand
+# beside it. The numbers themselves are in configs.yaml.
+
+CONFIGS = Path(__file__).parent / "configs.yaml"
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, or of each number of a tuple; both are allowed."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images that a model is trained on."""
+
+    name: Annotated[str, "a data set, a key of `data` in configs.yaml"]
+    image: Annotated[tuple[int, int, int], Between(1, 512), "channels, height and width in pixels"]
+    classes: Annotated[int, Between(1, 10_000), "how many there are"]
+    noise_std: Annotated[
+        float, Between(0, 10), "deviation of the noise on training images, in pixels of [-1, 1]"
+    ]
+    extra: Annotated[bool, "SVHN: train on its extra images too"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: widths, prior and loss."""
+
+    name: Annotated[str, "a model, a key of `models` in configs.yaml"]
+    channels: Annotated[
+        tuple[int, int, int, int], Between(1, 4096), "of the four convolutions of Tables 5 to 8"
+    ]
+    hidden: Annotated[int, Between(1, 65_536), "units of the hidden layer after them"]
+    latent: Annotated[int, Between(1, 65_536), "dimensions of z; of IGEBM, the last hidden layer"]
+    head: Annotated[
+        Literal["shared", "separate"], "CEBM: one hidden layer for both statistics or one each"
+    ]
+    t2: Annotated[Literal["square", "softplus"], "CEBM: the second statistic, -h^2 or -softplus(h)"]
+    l2: Annotated[float, Between(0, 1e6), "weight of the L2 term on energies"]
+    l2_on: Annotated[Literal["data", "both"], "whose energies: of data, or of chains too"]
+    components: Annotated[
+        int, Between(1, 10_000), "of the Gaussian prior; 1 is N(0, I), more are learned"
+    ]
+    prior_mean_std: Annotated[
+        float, Between(0, 1000), "components start with means of this deviation"
+    ]
+    prior_std: Annotated[
+        tuple[float, float], Between(0.001, 1000), "and with deviations uniform between these two"
+    ]
+    represent: Annotated[
+        Literal["mixture", "component"],
+        "GMM-CEBM's latent: the mean of the mixture or of its likeliest component",
+    ]
+    likelihood: Annotated[Literal["bernoulli", "continuous_bernoulli"], "VAE: of pixels in [0, 1]"]
+    gradient_penalty: Annotated[
+        float,
+        Between(0, 1e6),
+        "games: on half the discriminator's squared slope in real images (R1)",
+    ]
+    standardise: Annotated[bool, "BiGAN: its encoder's means over a batch"]
+    visible_std: Annotated[
+        float, Between(0.001, 1000), "EFH: deviation of x given z, in pixels of [-1, 1]"
+    ]
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    """The chains that energies are contrasted with, and the replay buffer that they live in."""
+
+    steps: Annotated[int, Between(1, 100_000), "SGLD steps, or sweeps of Gibbs, in each update"]
+    final_steps: Annotated[
+        int,
+        Between(0, 100_000),
+        "steps at the end, to which they grow by a constant factor an update; 0: as `steps`",
+    ]
+    step_size: Annotated[float, Between(0, 1e6), "what a step multiplies the gradient by"]
+    noise_std: Annotated[
+        float, Between(0, 1000), "deviation of a step's noise, in pixels of [-1, 1]"
+    ]
+    bound: Annotated[
+        float, Between(0, 1000), "chains stay within it, in pixels of [-1, 1]; 0: none"
+    ]
+    buffer: Annotated[int, Between(1, 10_000_000), "chains that persist"]
+    reuse: Annotated[float, Between(0, 1), "chance that a drawn chain does not start anew"]
+    data_restarts: Annotated[
+        float, Between(0, 1), "share of restarts that are training images with noise, not noise"
+    ]
+    restart_std: Annotated[
+        float, Between(0, 1000), "deviation of the noise on them, in pixels of [-1, 1]"
+    ]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimiser, the length of the run and what it leaves."""
+
+    updates: Annotated[int, Between(1, 1_000_000_000), "length of the run"]
+    batch: Annotated[int, Between(1, 1_000_000), "images, and chains, an update"]
+    rate: Annotated[float, Between(0, 10), "Adam's learning rate"]
+    beta1: Annotated[float, Between(0, 0.999999), "Adam's"]
+    beta2: Annotated[float, Between(0, 0.999999), "Adam's"]
+    epsilon: Annotated[float, Between(1e-16, 1), "Adam's"]
+    warmup: Annotated[int, Between(0, 1_000_000_000), "updates over which the rate rises from 0"]
+    decay: Annotated[Literal["none", "cosine"], "of the rate, to 0 at the last update"]
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        "of convolutions; auto: what the hardware is fast in",
+    ]
+    compile: Annotated[bool, "on a GPU, the energy that chains descend; half a minute at first"]
+    threads: Annotated[int, Between(0, 4096), "of a CPU; 0: torch's choice, one a core"]
+    seed: Annotated[int, Between(0, 2**31 - 1), "of every random number of the run"]
+    average: Annotated[
+        float, Between(0, 0.999999), "decay of the weights' average that is evaluated; 0: none"
+    ]
+    log_every: Annotated[
+        int, Between(1, 1_000_000_000), "updates from one row of the log to the next"
+    ]
+    checkpoint_every: Annotated[
+        int, Between(1, 1_000_000_000), "updates from one checkpoint to the next"
+    ]
+    pictures: Annotated[int, Between(0, 1000), "of chains, or of a generator's draws, in the run"]
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """When a run is taken to diverge: it goes back to its last good state."""
+
+    energy_bound: Annotated[
+        float, Between(1, 1e30), "bound on the loss, a mean energy or the norm of the weights"
+    ]
+    gap: Annotated[
+        float,
+        Between(1e-3, 1e30),
+        "mean E(data) - mean E(chains) up to which a run is healthy whatever came before",
+    ]
+    pixels: Annotated[
+        float, Between(1, 1e30), "the same of the chains' pixels, beyond what noise alone reaches"
+    ]
+    runaway: Annotated[
+        float, Between(1, 1e30), "how many times these, or their last level, is too much"
+    ]
+    every: Annotated[int, Between(1, 1_000_000_000), "updates from one check to the next"]
+    same_rate: Annotated[
+        int, Between(0, 1_000_000), "rollbacks that keep the rate; each later one halves it"
+    ]
+    rollbacks: Annotated[int, Between(0, 1_000_000), "of a run, after which it ends"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides a run, but for the machine that it is on."""
+
+    data: DataConfig
+    model: ModelConfig
+    chains: ChainConfig
+    train: TrainConfig
+    guard: GuardConfig
+
+
+@dataclass(frozen=True)
+class Key:
+    """What may be said of a key of a section: `count` values of a type, in bounds or of words."""
+
+    kind: type
+    count: int | None  # None: one value, not a tuple
+    bounds: Between | None
+    words: tuple[str, ...]
+    meaning: str
+
+    def parse(self, value: object) -> object:
+        """`value` as this key's, or ValueError that says what it has to be."""
+        if self.count is None:
+            return self.parse_one(value)
+        if not isinstance(value, list | tuple) or len(value) != self.count:
+            raise ValueError(self.wanted())
+        return tuple(self.parse_one(part) for part in value)
+
+    def parse_one(self, value: object) -> object:
+        if self.kind is float and type(value) in (int, str):
+            with suppress(ValueError, OverflowError):
+                value = float(value)  # YAML reads 1e-4, without a dot, as a word
+        known = type(value) is self.kind
+        if known and self.bounds:
+            known = self.bounds.low <= value <= self.bounds.high  # not of NaN
+        if not known or (self.words and value not in self.words):
+            raise ValueError(self.wanted())
+        return value
+
+    def wanted(self) -> str:
+        if self.words:
+            return f"one of {', '.join(self.words)}"
+        if self.bounds is None:
+            return "true or false" if self.kind is bool else "a word"
+        number = {int: "a whole number", float: "a number"}[self.kind]
+        number = f"a list of {self.count} numbers, each" if self.count else number
+        return f"{number} from {self.bounds.low:,} to {self.bounds.high:,}"
+
+
+@cache
+def keys_of(section: type) -> dict[str, Key]:
+    """The keys of a section's dataclass."""
+    keys = {}
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        kind, *notes, meaning = get_args(hint)
+        count, words = None, ()
+        if get_origin(kind) is tuple:
+            count, kind = len(get_args(kind)), get_args(kind)[0]
+        elif get_origin(kind) is Literal:
+            words, kind = get_args(kind), str
+        keys[name] = Key(kind, count, notes[0] if notes else None, words, meaning)
+    return keys
+
+
+@cache
+def sections() -> dict[str, type]:
+    """The sections of a configuration: name -> dataclass."""
+    return get_type_hints(Config)
+
+
+@cache
+def all_keys() -> dict[str, Key]:
+    """Every key as SECTION.KEY."""
+    return {
+        f"{section}.{name}": key
+        for section, kind in sections().items()
+        for name, key in keys_of(kind).items()
+    }
+
+
+def nearest_word(word: object, known) -> str:
+    """What may have been meant by `word`, for the end of a message."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
 
 
-def _checked(key: str, value, like, limit):
-    """`value` with the type of `like` and within `limit`, or a usage error that names them."""
-    if isinstance(like, dict):
-        if not isinstance(value, dict):
-            raise click.UsageError(f"{key or 'the configuration'} has to be a section of keys")
-        for k in set(value) ^ set(like):
-            wrong = f"unknown key {key}{k}{_nearest(k, like)}"
-            raise click.UsageError(wrong if k in value else f"key {key}{k} is missing")
-        return {
-            k: _checked(f"{key}{k}" + "." * isinstance(v, dict), value[k], v, limit[k])
-            for k, v in like.items()
-        }
-    if isinstance(like, list) and isinstance(value, (list, tuple)) and len(value) == len(like):
-        return [_checked(key, v, like[0], limit) for v in value]
-    if isinstance(like, float) and type(value) in (int, str):
-        with suppress(ValueError, OverflowError):
-            value = float(value)  # YAML reads 1e-4, without a dot, as a word
-    kind = {int: "a whole number", float: "a number"}.get(type(like))
-    if type(value) is type(like) and (
-        limit[0] <= value <= limit[1]
-        if kind  # false for NaN too
-        else not isinstance(like, list) and value in limit
-    ):
+def shorten(value: object) -> str:
+    """`value` for a message, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def parse_value(key: str, value: object) -> object:
+    """`value` as that of the key SECTION.KEY, or UsageError that names it and what is allowed."""
+    if key not in all_keys():
+        raise click.UsageError(f"unknown key {key}{nearest_word(key, all_keys())}")
+    try:
+        return all_keys()[key].parse(value)
+    except ValueError as error:
+        raise click.UsageError(f"{key} = {shorten(value)}: it has to be {error}") from None
+
+
+def parse_flat(settings: dict[str, object]) -> Config:
+    """A configuration from a value for each SECTION.KEY; UsageError names what is wrong."""
+    values = {key: parse_value(key, value) for key, value in settings.items()}
+    if missing := [key for key in all_keys() if key not in values]:
+        raise click.UsageError(f"key {missing[0]} is missing")
+    book = read_recipes()
+    for key, known in (("data.name", book["data"]), ("model.name", book["models"])):
+        if values[key] not in known:
+            raise click.UsageError(
+                f"{key} = {shorten(values[key])}: it has to be one of {', '.join(known)}"
+            )
+    parts = {
+        section: kind(**{name: values[f"{section}.{name}"] for name in keys_of(kind)})
+        for section, kind in sections().items()
+    }
+    return Config(**parts)
+
+
+def parse_config(tree: object) -> Config:
+    """A configuration from sections of keys, as `show PRESET` prints it."""
+    if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in tree.values()):
+        raise click.UsageError("a configuration has to be made of sections of keys")
+    return parse_flat(flatten(tree))
+
+
+def flatten(tree: dict) -> dict[str, object]:
+    """Sections of keys as SECTION.KEY."""
+    return {
+        f"{section}.{key}": value for section, part in tree.items() for key, value in part.items()
+    }
+
+
+class LocatedMapping(dict):
+    """A mapping of configs.yaml that knows the line of each of its keys."""
+
+    def fail(self, key: object, problem: str):
+        line = self.lines.get(key, self.line)
+        raise Failure(f"{CONFIGS.name}, line {line}: {problem}")
+
+    def get_mapping(self, key: str) -> LocatedMapping:
+        value = self.get(key)
+        if not isinstance(value, LocatedMapping):
+            self.fail(key, f"{key} has to be a mapping of keys to values")
         return value
-    wanted = (
-        f"one of {', '.join(map(str, limit))}"
-        if isinstance(like, (str, bool))
-        else (f"{kind or f'a list of {len(like)} numbers, each'} from {limit[0]:,} to {limit[1]:,}")
-    )
-    raise click.UsageError(f"{key} = {value!r}: it has to be {wanted}")
 
 
-torch, np, data, evaluate, models, sampling = map(
-    Lazy, ("torch", "numpy", "data", "evaluate", "models", "sampling")
-)
-FORMAT = 7  # of the checkpoint; another number is refused
-CHAINLESS = "vae", "gan", "hdge"  # how the names of models without chains end
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}  # ranks of others are not ours
-try:
-    BOOK = yaml.safe_load((Path(__file__).parent / "configs.yaml").read_text())
-    COMMON, LIMITS = BOOK["recipes"]["common"], BOOK["limits"]
-    # A frozen dataclass a section: keys and types of recipes.common, whose bounds are in `limits`.
-    SECTIONS = {
-        name: make_dataclass(name, ((k, type(v)) for k, v in values.items()), frozen=True)
-        for name, values in COMMON.items()
+class LocatingLoader(yaml.SafeLoader):
+    """Reads YAML whose mappings are `LocatedMapping`s."""
+
+    def construct_located(self, node):
+        mapping = LocatedMapping()
+        mapping.line, mapping.lines = node.start_mark.line + 1, {}
+        yield mapping
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                mapping.lines[key.value] = key.start_mark.line + 1
+        mapping.update(self.construct_mapping(node))
+
+
+LocatingLoader.add_constructor("tag:yaml.org,2002:map", LocatingLoader.construct_located)
+
+
+@cache
+def read_recipes() -> dict[str, LocatedMapping]:
+    """configs.yaml: models, data, trunks, recipes, variants, presets; Failure names file and line.
+
+    `presets` holds all of them: name -> {"model", "data", "set"}.
+    """
+    try:
+        book = yaml.load(CONFIGS.read_text(), LocatingLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise Failure(f"{CONFIGS.name}: {' '.join(str(error).split())}") from error
+    if not isinstance(book, LocatedMapping):
+        raise Failure(f"{CONFIGS.name}: it has to be a mapping of sections")
+    parts = "data", "trunks", "models", "recipes", "variants", "presets"
+    for unknown in set(book) - set(parts):
+        book.fail(unknown, f"unknown section {unknown}{nearest_word(unknown, parts)}")
+    book = {part: book.get_mapping(part) for part in parts}
+    check_recipes(book)
+    book["presets"] = all_presets(book)
+    return book
+
+
+def check_recipes(book: dict[str, LocatedMapping]) -> None:
+    """Failure where a setting of configs.yaml is wrong, or a name is not there."""
+    check_common(book["recipes"].get_mapping("common"))
+    for part in ("trunks", "recipes"):
+        for name in set(book[part]) - {"common"}:
+            check_settings(book[part].get_mapping(name))
+    for name in book["data"]:
+        check_entry(book, book["data"].get_mapping(name), {"trunk": "trunks"})
+    for name in book["models"]:
+        entry = book["models"].get_mapping(name)
+        check_entry(book, entry, {"recipe": "recipes"}, others=("data",))
+        for source in entry.get("data") or ():
+            if source not in book["data"]:
+                entry.fail("data", f"{source} is not in data{nearest_word(source, book['data'])}")
+    for name in book["presets"]:
+        entry = book["presets"].get_mapping(name)
+        check_entry(book, entry, {"model": "models", "data": "data"})
+    known = all_presets(book | {"variants": {}})
+    for name in book["variants"]:
+        entry = book["variants"].get_mapping(name)
+        check_entry(book, entry, {}, others=("of",))
+        bases = entry.get_mapping("of")
+        for base in bases:
+            if base not in known:
+                bases.fail(base, f"no preset {base}{nearest_word(base, known)}")
+            check_settings(bases.get_mapping(base))
+
+
+def check_common(common: LocatedMapping) -> None:
+    """Failure unless the common recipe has a right value for every key."""
+    for section in common:
+        if section not in sections():
+            common.fail(section, f"unknown section {section}{nearest_word(section, sections())}")
+        check_settings(common.get_mapping(section), f"{section}.")
+    if missing := [key for key in all_keys() if key not in flatten(common)]:
+        common.fail(None, f"key {missing[0]} is missing in recipes.common")
+
+
+def check_settings(settings: LocatedMapping, prefix: str = "") -> None:
+    """Failure unless each is a known key with a right value."""
+    for key, value in settings.items():
+        try:
+            parse_value(f"{prefix}{key}", value)
+        except click.UsageError as error:
+            settings.fail(key, error.message)
+
+
+def check_entry(book, entry: LocatedMapping, named: dict[str, str], others=()) -> None:
+    """Failure unless `entry` names what is in the parts `named`, sets right values and no more."""
+    allowed = [*named, *others, "set"]
+    for key in entry:
+        if key not in allowed:
+            entry.fail(key, f"unknown key {key}{nearest_word(key, allowed)}")
+    for key, part in named.items():
+        if entry.get(key) not in book[part]:
+            known = nearest_word(entry.get(key), book[part])
+            entry.fail(key, f"{key} {entry.get(key)} is not in {part}{known}")
+    if "set" in entry:
+        check_settings(entry.get_mapping("set"))
+
+
+def all_presets(book: dict[str, LocatedMapping]) -> dict[str, dict]:
+    """The presets that are listed, MODEL-DATA, and variants of both."""
+    presets = {
+        name: {"model": entry["model"], "data": entry["data"], "set": entry.get("set", {})}
+        for name, entry in book["presets"].items()
     }
-    Config = make_dataclass("Config", SECTIONS.items(), frozen=True)
-    PRESETS = {n: (p["model"], p["data"], p["set"]) for n, p in BOOK["presets"].items()}
-    PRESETS |= {f"{m}-{d}": (m, d, {}) for m, v in BOOK["models"].items() for d in v["data"]}
-    PRESETS |= {
-        f"{base}-{v}": (*PRESETS[base][:2], PRESETS[base][2] | kind["set"] | extra)
-        for v, kind in BOOK["variants"].items()
-        for base, extra in kind["of"].items()
-    }
-    for preset in PRESETS.values():
-        _checked("", _tree(*preset), COMMON, LIMITS)
-except (OSError, LookupError, AttributeError, TypeError, ValueError, Failure, yaml.YAMLError) as e:
-    sys.exit("Error: configs.yaml: " + " ".join(repr(e).split()))
-as_yaml = partial(yaml.safe_dump, sort_keys=False, default_flow_style=None)
-
-
-def parse_config(tree) -> Config:
-    """A plain dictionary of sections -> frozen `Config`; UsageError names what is wrong."""
-    tree = _checked("", tree, COMMON, LIMITS)
-    config = Config(**{name: section(**tree[name]) for name, section in SECTIONS.items()})
-    name, image = config.model.name, config.data.image
-    draws = name.endswith(("vae", "gan"))
-    if min(image[1:]) < 8 or (draws and image[1:] not in ([28, 28], [32, 32])):
-        wanted = "28 x 28 or 32 x 32" if draws else "at least 8 x 8"
-        raise click.UsageError(f"data.image = {image}: {name} is for images of {wanted} pixels")
-    if config.train.batch > config.chains.buffer and not name.endswith(CHAINLESS):
-        raise click.UsageError(
-            f"train.batch = {config.train.batch} must not exceed chains.buffer "
-            f"= {config.chains.buffer}, a slot for each chain"
-        )
-    return config
+    for model, entry in book["models"].items():
+        for source in entry.get("data") or ():
+            presets[f"{model}-{source}"] = {"model": model, "data": source, "set": {}}
+    for variant, entry in book["variants"].items():
+        for base, settings in entry["of"].items():
+            combined = presets[base]["set"] | entry.get("set", {}) | settings
+            presets[f"{base}-{variant}"] = presets[base] | {"set": combined}
+    return presets
 
 
 def compose(preset: str, settings=()) -> Config:
     """The configuration of `preset` with KEY=VALUE `settings` over it; keys as `train.rate`."""
-    full, chosen = sorted(f"{name}.{k}" for name in COMMON for k in COMMON[name]), {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        matches = [k for k in full if key in (k, k.split(".")[1])]
-        if not equals or len(matches) != 1:
-            why = "is not KEY=VALUE" if not equals else f"is no key{_nearest(key, full)}"
-            why = f"could be {' or '.join(matches)}" if len(matches) > 1 else why
-            raise click.UsageError(f"--set {setting}: {key!r} {why}")
-        try:
-            chosen[matches[0]] = yaml.safe_load(text)
-        except Exception:  # of dates and explicit types PyYAML raises what Python does
-            raise click.UsageError(f"--set {setting}: {text!r} is not a YAML value") from None
-    if preset not in PRESETS:
-        raise click.UsageError(f"no preset {preset!r}{_nearest(preset, PRESETS)}")
-    return parse_config(_tree(*PRESETS[preset][:2], PRESETS[preset][2] | chosen))
+    book = read_recipes()
+    if preset not in book["presets"]:
+        raise click.UsageError(f"no preset {preset!r}{nearest_word(preset, book['presets'])}")
+    entry = book["presets"][preset]
+    chosen = {"model.name": entry["model"], "data.name": entry["data"]}
+    chosen |= dict(parse_setting(setting) for setting in settings)
+    # A model or data set that is set in place of the preset's brings its own recipe.
+    kind = book["models"].get(str(chosen["model.name"]), book["models"][entry["model"]])
+    images = book["data"].get(str(chosen["data.name"]), book["data"][entry["data"]])
+    flat = {
+        **flatten(book["recipes"]["common"]),
+        **book["recipes"][kind["recipe"]],
+        **images.get("set", {}),
+        **book["trunks"][images["trunk"]],
+        **kind.get("set", {}),
+        **entry["set"],
+        **chosen,
+    }
+    return parse_flat(flat)
 
 
-def write_whole(path: Path, content: bytes | None) -> None:
-    """Replaces `path`, or what it links to, whole or not at all; None: tries if a result could."""
-    target = Path(os.path.realpath(path))
-    draft = target.parent / (target.name + (".try" if content is None else ".part"))
+def parse_setting(setting: str) -> tuple[str, object]:
+    """KEY=VALUE -> SECTION.KEY and its value; the section may be left out if one alone has KEY."""
+    name, equals, text = setting.partition("=")
+    matches = [key for key in all_keys() if name in (key, key.split(".")[1])]
+    if not equals:
+        raise click.UsageError(f"--set {setting}: {name!r} is not KEY=VALUE")
+    if not matches:
+        raise click.UsageError(
+            f"--set {setting}: {name!r} is no key{nearest_word(name, all_keys())}"
+        )
+    if len(matches) > 1:
+        choice = " or ".join(sorted(matches))
+        raise click.UsageError(f"--set {setting}: {name!r} could be {choice}")
     try:
+        return matches[0], yaml.safe_load(text)
+    except Exception:  # of dates, numbers and explicit types PyYAML raises what Python does
+        shown = shorten(text)
+        raise click.UsageError(f"--set {name}: {shown} is not a YAML value") from None
+
+
+def check(config: Config) -> None:
+    """UsageError where the model is not for such images, or has no slot for each chain."""
+    kind, image = models.MODELS[config.model.name], config.data.image
+    if kind.sides:
+        sides = " or ".join(f"{side} x {side}" for side in kind.sides)
+        fits = image[1] == image[2] and image[1] in kind.sides
+    else:
+        sides, fits = "at least 8 x 8", min(image[1:]) >= 8
+    if not fits:
+        name = config.model.name
+        raise click.UsageError(
+            f"data.image = {list(image)}: {name} is for images of {sides} pixels"
+        )
+    if kind.chains and config.train.batch > config.chains.buffer:
+        raise click.UsageError(
+            f"train.batch = {config.train.batch} must not exceed chains.buffer = "
+            f"{config.chains.buffer}, a slot for each chain"
+        )
+
+
+def as_yaml(tree: object) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+
+
+# Checkpoints
+
+FORMAT = 7  # of a checkpoint; another is refused
+
+
+class Rollback(TypedDict):
+    """The guard's: at which update, to which, and what was not healthy."""
+
+    update: int
+    to: int
+    why: str
+
+
+class Evaluable(TypedDict, total=False):
+    """What every checkpoint holds: a trained model. `checkpoints/` has files of no more."""
+
+    format: int
+    preset: str
+    config: dict[str, dict]
+    updates: int
+    model: dict[str, torch.Tensor]  # its state_dict
+    average: dict[str, torch.Tensor]  # that of its averaged weights, if the run keeps them
+    seed: int
+    rollbacks: list[Rollback]
+    seconds: float  # of training
+    precision: str  # of convolutions: float32 or bfloat16
+    device: str
+    torch: str  # versions
+    python: str
+
+
+class Snapshot(TypedDict, total=False):
+    """What training changes, after `updates` updates; of several processes, of all."""
+
+    updates: int
+    model: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor]
+    optimiser: dict[str, object]  # Adam's state_dict
+    buffer: torch.Tensor | None  # chains (buffer, C, H, W), float32
+    generators: list[torch.Tensor]  # states of random numbers, one a process
+    level: dict[str, float]  # of the guard: healthy magnitudes
+    greatest: torch.Tensor  # and the greatest of each metric since the last checkpoint
+
+
+class Checkpoint(Evaluable, Snapshot, total=False):
+    """What a run resumes from: an evaluable model, the state at `updates` and two earlier ones."""
+
+    good: Snapshot  # after it the run stayed healthy for a whole interval: where it rolls back to
+    candidate: Snapshot  # of the last regular checkpoint
+    log: str  # log.csv up to `updates`
+    origin: str  # of a run begun by --init-from: what it was begun from; else ""
+
+
+REQUIRED = "format", "preset", "config", "updates", "model"  # the rest only to resume
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path`, or what it links to, whole or not at all; Failure says why not."""
+    target = Path(os.path.realpath(path))
+    draft = target.parent / f".{secrets.token_hex(8)}.draft"
+    try:
+        require_regular(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if (content is None and target.suffix == ".pt") or (path.exists() and not path.is_file()):
-            raise OSError(0, "it is no regular file, or named as a checkpoint")
-        with open(draft, "wb") as file:
-            file.write(content or b"")
+        with open(draft, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        draft.unlink(missing_ok=True) if content is None else os.replace(draft, target)
-        with suppress(OSError):  # not every file system can; the file is there already
-            folder = os.open(target.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+        if target.exists():
+            shutil.copymode(target, draft)
+        os.replace(draft, target)
+        sync_folder(target.parent)
     except OSError as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
         raise Failure(f"cannot write {path}: {error.strerror}; what was there is intact") from error
 
 
-def load_checkpoint(path) -> dict:
+def require_regular(path: Path) -> None:
+    """OSError where there is something else than a file: a folder, a device, a pipe."""
+    if path.exists() and not path.is_file():
+        raise OSError(0, "it is no regular file")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a new name last; not every file system can, and the file is there already."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def require_writable(path: str | None, endings, inputs=()) -> None:
+    """Failure where a result cannot go, before the work; None is no result.
+
+    It may not replace one of the `inputs`, and its name has to have one of the `endings`.
+    """
+    if path is None:
+        return
+    target = Path(os.path.realpath(path))
+    try:
+        require_regular(target)
+        if target in (Path(os.path.realpath(other)) for other in inputs):
+            raise OSError(0, "it is what the command reads")
+        if target.suffix.lower() not in endings:
+            raise OSError(0, f"its name has to end in {' or '.join(endings)}")
+        folder = next(parent for parent in target.parents if parent.exists())
+        if not folder.is_dir():
+            raise OSError(0, f"{folder} is no folder")
+        draft = folder / f".{secrets.token_hex(8)}.draft"
+        draft.touch(exist_ok=False)
+        draft.unlink()
+    except OSError as error:
+        raise Failure(f"cannot write {path or '.'}: {error.strerror}") from error
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint whole or not at all."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    write_atomically(path, content.getbuffer())
+
+
+def load_checkpoint(path) -> Checkpoint:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
     try:
+        require_regular(Path(path))
         if damaged := zipfile.ZipFile(path).testzip():  # torch itself checks no sums
             raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise Failure(f"it is of format {state['format']}")
-        state["config"] |= {k: v | state["config"][k] for k, v in COMMON.items()}  # newer keys too
-        config, buffer = parse_config(state["config"]), state.get("buffer")
-        shape = (config.chains.buffer, *config.data.image)
-        fits = buffer is None or (buffer.shape == shape and buffer.dtype == torch.float32)
-        weights = [*state["model"].values(), *(state.get("average") or {}).values()]
-        if state["updates"] >= 0 and fits and all(v.isfinite().all() for v in weights):
-            return state
-        reason = "values that no run leaves"
+        check_checkpoint(state)
+        return state
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
-        reason = getattr(error, "message", getattr(error, "strerror", type(error).__name__))
+        reason = getattr(error, "message", None) or getattr(error, "strerror", None)
+        reason = reason or (str(error) if type(error) is ValueError else type(error).__name__)
     raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}): take another copy")
+
+
+def check_checkpoint(state: dict) -> None:
+    """ValueError or Failure unless `state` is a `Checkpoint` of a known configuration.
+
+    Keys that the configuration lacks, since they came later, get the value of recipes.common.
+    """
+    hints = get_type_hints(Checkpoint)
+    for key in REQUIRED:
+        if key not in state:
+            raise ValueError(f"{key} is missing")
+    for key, value in state.items():
+        if key in hints and not is_of_type(value, hints[key]):
+            raise ValueError(f"{key} is of another type")
+    for section, values in read_recipes()["recipes"]["common"].items():
+        if section not in state["config"]:
+            raise ValueError(f"config.{section} is missing")
+        state["config"][section] = dict(values) | state["config"][section]
+    config = parse_config(state["config"])
+    check(config)
+    if state["updates"] < 0:
+        raise ValueError("updates are negative")
+    buffer = state.get("buffer")
+    shape = (config.chains.buffer, *config.data.image)
+    if buffer is not None and (buffer.shape != shape or buffer.dtype != torch.float32):
+        raise ValueError("the buffer is of another shape or type")
+    for weights in (state["model"], state.get("average") or {}):
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise ValueError("weights are not finite")
+
+
+def is_of_type(value: object, hint) -> bool:
+    """Whether `value` is what a hint of `Checkpoint` says, containers included."""
+    if is_typeddict(hint):
+        inner = get_type_hints(hint)
+        return isinstance(value, dict) and all(
+            is_of_type(part, inner[key]) for key, part in value.items() if key in inner
+        )
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            is_of_type(part, arguments[1]) for part in value.values()
+        )
+    if origin is list:
+        return isinstance(value, list) and all(is_of_type(part, arguments[0]) for part in value)
+    if arguments:  # a union
+        return any(is_of_type(value, one) for one in arguments)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def load_model(path, device="cpu"):
     """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
     state = load_checkpoint(path)
-    model = new_model(config := parse_config(state["config"]), device)
+    config = parse_config(state["config"])
+    model = new_model(config, device)
+    averaged = state.get("average") if config.train.average else None
     try:
-        model.load_state_dict((config.train.average and state.get("average")) or state["model"])
+        model.load_state_dict(averaged or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
     return model.eval(), config, state
 
 
-def new_model(config, device, training=False):
-    """The untrained model of `config`: the same seed, the same weights. Failure beyond memory."""
-    build = partial(models.build, config.model, config.data.image, config.data.classes)
+def new_model(config: Config, device="cpu"):
+    """The untrained model of `config`: the same seed, the same weights."""
+    require_memory(config, device)
+    with evaluate.seeded(config.train.seed, torch.device("cpu")):
+        model = models.build(config.model, config.data.image, config.data.classes)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def require_memory(config: Config, device, training=False) -> None:
+    """Failure where a model, or a run of it, cannot fit into this machine's memory."""
     with torch.device("meta"):
-        weights = sum(p.numel() for p in build().parameters())
-    if training:  # gradients, moments, two snapshots; chains; activations
+        model = models.build(config.model, config.data.image, config.data.classes)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if training:  # gradients, Adam's moments, two snapshots; chains; activations of the trunk
+        channels, height, width = config.data.image
         maps = 2 * sum(width / 4**i for i, width in enumerate(config.model.channels))
-        weights = 12 * weights + math.prod(config.data.image[1:]) * (
-            4 * config.data.image[0] * config.chains.buffer + maps * config.train.batch
-        )
-    need, memory = 4 * weights, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.device(device).type == "cpu" and need > memory:
+        chains = 4 * channels * config.chains.buffer
+        numbers = 12 * numbers + height * width * (chains + maps * config.train.batch)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.device(device).type == "cpu" and 4 * numbers > memory:
         raise Failure(
-            f"model, batch or buffer need {need / 2**30:,.0f} GiB of memory, here are "
+            f"model, batch or buffer need {4 * numbers / 2**30:,.0f} GiB of memory, here are "
             f"{memory / 2**30:.0f}: choose smaller ones"
         )
-    with evaluate.seeded(config.train.seed, torch.device("cpu")):
-        return build().to(device, memory_format=torch.channels_last)
 
 
-def load_images(config, split: str, data_dir: str):
-    """uint8 images and labels of the data that `config` names."""
-    c = config.data
-    images, labels = data.load(c.name, split, data_dir, c.image, c.extra)
-    if (found := int(labels.max()) + 1) != c.classes:
-        raise Failure(f"{c.name}: {found} classes, not {c.classes} (train --set classes={found})")
+def load_images(config: Config, split: str, data_dir: str):
+    """uint8 images (N, C, H, W) and labels (N,) of the data that `config` names."""
+    settings = config.data
+    images, labels = data.load(settings.name, split, data_dir, settings.image, settings.extra)
+    found = int(labels.max()) + 1
+    if found != settings.classes:
+        raise Failure(
+            f"{settings.name}: {found} classes, not {settings.classes} "
+            f"(train --set classes={found})"
+        )
     return images, labels
 
 
-def learning_rate(update: int, train, halvings: int = 0) -> float:
+# Training
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that `torchrun` started; alone it is 0 of 1."""
+
+    rank: int = 0
+    count: int = 1
+
+    def reduce_max(self, values: Tensor) -> Tensor:
+        """The greatest of each value over all processes."""
+        if self.count > 1:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return values
+
+    def gather(self, part: object) -> list:
+        """What each process has, in their order."""
+        if self.count == 1:
+            return [part]
+        parts = [None] * self.count
+        torch.distributed.all_gather_object(parts, part)
+        return parts
+
+
+def learning_rate(update: int, train: TrainConfig, halvings: int = 0) -> float:
     """The rate of update 1, 2, ...: linear warm-up, then constant or a cosine to 0."""
     angle = math.pi * (update - 1) / train.updates if train.decay == "cosine" else 0.0
     rate = train.rate * min(1.0, update / max(1, train.warmup)) * 0.5 * (1 + math.cos(angle))
-    return rate * 0.5 ** max(0, halvings)
+    return rate * 0.5**halvings
 
 
-@lru_cache(1)
-def epoch_order(seed: int, epoch: int, count: int, device):
+def chain_steps(update: int, config: Config) -> int:
+    """Steps of the chains in update 1, 2, ...: constant, or growing by a constant factor."""
+    first, last = config.chains.steps, config.chains.final_steps or config.chains.steps
+    return round(first * (last / first) ** (update / config.train.updates))
+
+
+class Trainer:
+    """What training changes: weights and their average, optimiser, chains, random numbers.
+
+    Each of several processes has a share of every batch and of the replay buffer, and random
+    numbers of its own.
+    """
+
+    def __init__(
+        self, config: Config, images, labels, device, precision: str, processes: Processes
+    ):
+        self.config, self.device, self.processes = config, device, processes
+        self.images, self.labels = images.to(device), labels.to(device)  # uint8 (N, ...), (N,)
+        self.sampler = models.MODELS[config.model.name].chains
+        self.bfloat16 = precision == "bfloat16"
+        self.cuda = device.type == "cuda"
+        self.update, self.halvings = 0, 0  # updates made, halvings of the rate
+        self.model = new_model(config, device)
+        self.average = copy.deepcopy(self.model) if config.train.average else None
+        self.optimiser = torch.optim.Adam(
+            self.model.parameters(),
+            config.train.rate,
+            fused=self.cuda or None,
+            betas=(config.train.beta1, config.train.beta2),
+            eps=config.train.epsilon,
+        )
+        # Torch's default generator, since some losses draw from it too.
+        if self.cuda:
+            self.generator = torch.cuda.default_generators[device.index or 0]
+        else:
+            self.generator = torch.default_generator
+        self.reseed()
+        self.buffer = self.new_buffer() if self.sampler else None
+        self.loss = self.model.loss
+        if processes.count > 1:  # gradients are averaged where the model is called
+            self.model.forward = self.model.loss
+            self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
+        self.mover_steps, self.mover = 0, None  # a function that moves chains by so many steps
+        self.record_learning()
+
+    def reseed(self, rollbacks: int = 0) -> None:
+        """New random numbers, other than those of the weights and of other processes."""
+        torch.manual_seed(
+            self.config.train.seed + rollbacks + 1_000_003 * (self.processes.rank + 1)
+        )
+
+    def new_buffer(self) -> sampling.ReplayBuffer:
+        """This process's share of the chains."""
+        chains = self.config.chains
+        return sampling.ReplayBuffer(
+            chains.buffer // self.processes.count,
+            self.config.data.image,
+            chains.reuse,
+            self.generator,
+            chains.data_restarts,
+            chains.restart_std,
+        )
+
+    def record_learning(self) -> None:
+        """On a GPU `learn` is recorded anew, since the optimiser's tensors are others."""
+        self.learner = self.learn_from
+        if self.cuda and self.processes.count == 1:
+            self.learner = sampling.GraphedFunction([self.learn_from], self.generator)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Begins an update: images with noise (B, C, H, W), float32, and labels (B,)."""
+        train, noise_std = self.config.train, self.config.data.noise_std
+        epoch, position = divmod(self.update, len(self.images) // train.batch)
+        order = epoch_order(train.seed, epoch, len(self.images), self.device)
+        chosen = order[position * train.batch :][: train.batch]
+        chosen = chosen.chunk(self.processes.count)[self.processes.rank]
+        self.update += 1
+        x = data.normalise(self.images[chosen])
+        x = x.contiguous(memory_format=torch.channels_last)
+        x += noise_std * torch.randn(x.shape, generator=self.generator, device=self.device)
+        return x, self.labels[chosen]
+
+    def move_chains(self, x: Tensor) -> Tensor | None:
+        """As many chains of the buffer as images x, moved on; None for models without chains."""
+        if self.buffer is None:
+            return None
+        slots, chains = self.buffer.draw(x)
+        steps = chain_steps(self.update, self.config)
+        if steps != self.mover_steps:
+            self.mover_steps, self.mover = steps, self.new_mover(steps)
+        chains = self.mover(chains)
+        self.buffer.images[slots] = chains
+        return chains
+
+    def new_mover(self, steps: int):
+        """A function that moves chains by `steps`; on a GPU it is recorded anew."""
+        return sampling.mover(
+            self.sampler,
+            self.model,
+            self.model.energy,
+            steps,
+            self.config.chains,
+            self.generator,
+            bfloat16=self.bfloat16,
+            record=self.cuda,
+            compile=self.config.train.compile,
+        )
+
+    def learn(self, x: Tensor, y: Tensor, chains: Tensor | None) -> dict[str, Tensor]:
+        """Moves the weights and their average: metrics, 0-d tensors that stay on the device."""
+        rate = learning_rate(self.update, self.config.train, self.halvings)
+        inputs = [torch.full((), rate, device=self.device) if self.cuda else rate, x, y]
+        return self.learner(*inputs) if chains is None else self.learner(*inputs, chains)
+
+    def learn_from(self, rate, x, y, chains=None) -> dict[str, Tensor]:
+        """`learn` at a rate that is a tensor on a GPU, so that the call can be recorded."""
+        self.optimiser.param_groups[0].update(lr=rate, capturable=self.cuda)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss, metrics = self.loss(x, y, chains)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        if self.average is not None:
+            move_average(self.average, self.model, self.config.train.average)
+        metrics = {"loss": loss, **metrics}
+        if chains is not None:
+            metrics |= {"pixel_min": chains.min(), "pixel_max": chains.max()}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def state_dict(self) -> Snapshot:
+        """Copies of everything; of buffers and generators, those of all processes."""
+        state = {"updates": self.update, "model": self.model.state_dict()}
+        state["optimiser"] = self.optimiser.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        chains = None if self.buffer is None else self.buffer.images.cpu()
+        parts = self.processes.gather((chains, self.generator.get_state()))
+        buffer = None if chains is None else torch.cat([images for images, _ in parts])
+        generators = [generator for _, generator in parts]
+        return copy.deepcopy(state) | {"buffer": buffer, "generators": generators}
+
+    def load_state_dict(self, state: Snapshot) -> None:
+        """Goes on from a snapshot, which stays as it is; rates and betas are the configuration's.
+
+        An average that the snapshot lacks begins at its weights.
+        """
+        self.update = state["updates"]
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state.get("average", state["model"]))
+        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        self.optimiser.param_groups[0].update(self.optimiser.defaults)
+        for parameter, moments in self.optimiser.state.items():
+            if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("Adam's moments are of another shape")
+        if self.buffer is not None:
+            shape = self.processes.count, *self.buffer.images.shape
+            self.buffer.images.copy_(state["buffer"].view(shape)[self.processes.rank])
+        self.generator.set_state(state["generators"][self.processes.rank])
+        self.record_learning()
+
+    def is_finite(self) -> bool:
+        return all(value.isfinite().all() for value in self.model.state_dict().values())
+
+    def picture(self) -> Tensor | None:
+        """64 images to look at: chains of the buffer, or draws of a decoder, else None."""
+        if self.buffer is not None:
+            return self.buffer.images[:64]
+        if not models.MODELS[self.config.model.name].decoder:
+            return None
+        with evaluate.seeded(self.config.train.seed, self.device), torch.no_grad():
+            drawn = self.model.eval().generate(64)
+        self.model.train()
+        return drawn
+
+
+@lru_cache(maxsize=1)
+def epoch_order(seed: int, epoch: int, count: int, device) -> Tensor:
     """The order of `count` images in an epoch, on the device: the one wait for it in an epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).to(device)
 
 
-def claimed(folder: Path):
-    """Makes `folder` and locks it against a second `train`, until what it returns is closed."""
-    try:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except OSError as error:
-        why = "in use by another `train`" if isinstance(error, BlockingIOError) else error.strerror
-        raise Failure(f"cannot write to {folder}: {why}; choose another --out") from error
+def move_average(average, model, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * weights; whole numbers are copied.
+
+    Not torch's AveragedModel: its first call copies the weights in place of averaging them in, and
+    it counts calls on the host, where a recorded CUDA graph does not repeat the count.
+    """
+    states = average.state_dict().values(), model.state_dict().values()
+    for mean, value in zip(*states, strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
 
 
-def changes(old: dict, new: dict) -> str:
-    """What differs of two configurations, but for speed and, where nothing hangs on it, length."""
-    differing = {
-        f"{s}.{k}": f"({old[s][k]}, now {v})"
-        for s, part in new.items()
-        for k, v in part.items()
-        if old[s][k] != v and k not in ("compile", "threads")
-    }
-    flat = all(c["train"]["decay"] == "none" and not c["chains"]["final_steps"] for c in (old, new))
-    if flat and old["train"]["updates"] < new["train"]["updates"]:
-        del differing["train.updates"]
-    return ", ".join(f"{k} {how}" for k, how in differing.items())
+class Guard:
+    """Looks whether a run diverges, and keeps the states that it goes back to.
+
+    Magnitudes of the loss, of mean energies and of the weights have one bound. Of Langevin chains
+    the energy gap and the pixels may be `runaway` times their level: what they reached before the
+    last good state, at least the floor up to which any run is healthy. At a checkpoint that state
+    is the one of the checkpoint before, after which all stayed healthy for a whole interval.
+    """
+
+    def __init__(self, config: Config, snapshot: Snapshot, processes: Processes):
+        self.settings, self.processes = config.guard, processes
+        self.floor = magnitudes_of_health(config)
+        self.level: dict[str, float] = {}
+        self.greatest = torch.zeros(())  # then one a metric, since the last checkpoint
+        self.names: list[str] = []  # of the metrics
+        self.found: dict[str, float] = {}  # what the last verdict saw
+        self.begin(snapshot)
+
+    def begin(self, snapshot: Snapshot) -> None:
+        """A run begins: no rollbacks, and nothing earlier to go back to."""
+        self.rollbacks: list[Rollback] = []
+        self.good = self.candidate = self.stamp(snapshot)
+
+    @property
+    def halvings(self) -> int:
+        """How often the rate has been halved."""
+        return max(0, len(self.rollbacks) - self.settings.same_rate)
+
+    def observe(self, metrics: dict[str, Tensor]) -> None:
+        """Keeps the greatest magnitudes, on the device."""
+        self.names = list(metrics)
+        magnitudes = torch.stack(list(metrics.values())).abs()
+        self.greatest = torch.maximum(magnitudes, self.greatest.to(magnitudes.device))
+
+    def verdict(self, model) -> str | None:
+        """What is not healthy of all that was observed and of the weights, if anything.
+
+        Waits for the device. NaN counts as infinite.
+        """
+        weights = torch.nn.utils.get_total_norm(model.parameters()).detach()
+        seen = torch.cat([self.greatest, weights[None]]).nan_to_num(torch.inf)
+        seen = self.processes.reduce_max(seen)
+        self.greatest = seen[:-1]
+        self.found = dict(zip([*self.names, "weights"], seen.tolist(), strict=True))
+        return out_of_bounds(self.found, self.good["level"], self.floor, self.settings)
+
+    def stamp(self, state: Snapshot) -> Snapshot:
+        """`state` with what the guard has seen until then."""
+        return {**state, "level": self.level, "greatest": self.greatest}
+
+    def accept(self, state: Snapshot) -> Snapshot:
+        """A checkpoint: the candidate becomes good, and `state` the candidate, which it returns."""
+        ceiling = self.settings.runaway
+        self.level = {k: min(self.found[k], ceiling * v) for k, v in self.floor.items()}
+        self.greatest = torch.zeros_like(self.greatest)
+        self.good, self.candidate = self.candidate, self.stamp(state)
+        return self.candidate
+
+    def roll_back(self, trainer: Trainer, reason: str) -> Snapshot:
+        """The trainer goes back to the good state, with new random numbers: its new snapshot."""
+        record: Rollback = {"update": trainer.update, "to": self.good["updates"], "why": reason}
+        self.rollbacks.append(record)
+        trainer.load_state_dict(self.good)
+        trainer.reseed(len(self.rollbacks))
+        trainer.halvings = self.halvings
+        self.level, self.greatest = self.good["level"], torch.zeros_like(self.greatest)
+        self.good = self.candidate = self.stamp(trainer.state_dict())
+        return self.good
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on from what a checkpoint holds."""
+        self.level, self.greatest = checkpoint["level"], checkpoint["greatest"]
+        self.good, self.candidate = checkpoint["good"], checkpoint["candidate"]
+        self.rollbacks = checkpoint["rollbacks"]
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the run has been rolled back more often than it may be."""
+        return len(self.rollbacks) > self.settings.rollbacks
 
 
-class Run:
-    """What training changes: model, optimiser, chains, random numbers, the weights' average. Of
-    several processes (`torchrun`) each has a share of the buffer and a generator of its own."""
-
-    def __init__(self, config, device, rank: int, ranks: int):
-        train, c, cuda = config.train, config.chains, device.type == "cuda"
-        self.rank, self.ranks, self.model = rank, ranks, new_model(config, device, True)
-        self.generator = (
-            torch.cuda.default_generators[device.index or 0] if cuda else (torch.default_generator)
-        )  # some losses draw from it too
-        torch.manual_seed(train.seed + 1_000_003 * (rank + 1))  # not the numbers of the weights
-        self.adam = torch.optim.Adam(
-            self.model.parameters(),
-            train.rate,
-            fused=cuda or None,
-            betas=(train.beta1, train.beta2),
-            eps=train.epsilon,
-        )
-        self.parts = {"model": self.model, "optimiser": self.adam}
-        self.buffer = self.model.chain and sampling.ReplayBuffer(
-            c.buffer // ranks,
-            config.data.image,
-            c.reuse,
-            self.generator,
-            c.data_restarts,
-            c.restart_std,
-        )
-        self.parts |= {"average": copy.deepcopy(self.model)} if train.average else {}
-        self.model.forward = self.loss = self.model.loss
-        if ranks > 1:  # gradients are averaged where the model is called
-            self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
-
-    def snapshot(self) -> dict:
-        """Copies of everything; of buffers and generators, those of all processes."""
-        parts = [(self.buffer and self.buffer.images.cpu(), self.generator.get_state())]
-        if self.ranks > 1:
-            torch.distributed.all_gather_object(parts := parts * self.ranks, parts[0])
-        return copy.deepcopy({name: part.state_dict() for name, part in self.parts.items()}) | {
-            "buffer": self.buffer and torch.cat([images for images, _ in parts]),
-            "generators": [generator for _, generator in parts],
-        }
-
-    def restore(self, state: dict) -> None:
-        """Goes on from a snapshot, which stays as it is."""
-        for name, part in self.parts.items():
-            part.load_state_dict(copy.deepcopy(state.get(name, state["model"])))
-        self.adam.param_groups[0].update(self.adam.defaults)  # the configuration's, not the file's
-        if self.buffer:
-            shares = state["buffer"].view(self.ranks, *self.buffer.images.shape)  # no broadcasting
-            self.buffer.images.copy_(shares[self.rank])
-        self.generator.set_state(state["generators"][self.rank])
+def magnitudes_of_health(config: Config) -> dict[str, float]:
+    """Up to which gap and pixels a run of Langevin chains is healthy, whatever came before."""
+    if models.MODELS[config.model.name].chains != "langevin":
+        return {}
+    chains = config.chains
+    noise = chains.noise_std * math.sqrt(max(chains.steps, chains.final_steps))
+    pixels = config.guard.pixels + 4 * noise
+    return {"gap": config.guard.gap, "pixel_min": pixels, "pixel_max": pixels}
 
 
-def out_of_bounds(greatest: dict, level: dict, floor: dict, guard) -> str | None:
-    """Which of the greatest magnitudes since the last checkpoint is not healthy, if any."""
-    for name, value in greatest.items():
+def out_of_bounds(found: dict, level: dict, floor: dict, guard: GuardConfig) -> str | None:
+    """Which of the magnitudes `found` is not healthy, if any; NaN and a dead gap of 0 are not."""
+    for name, value in found.items():
         healthy = max(floor.get(name, math.inf), level.get(name, 0.0))
         bound = min(guard.energy_bound, guard.runaway * healthy)
-        if not value <= bound or (name == "gap" and value == 0 < level.get(name, 0)):  # NaN; dead
+        dead = name == "gap" and value == 0 < level.get(name, 0)
+        if not value <= bound or dead:
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
+    return None
 
 
-def train_model(config, folder: Path, data_dir, device, preset, change, rank, ranks) -> int:
-    """Trains to `train.updates`, from the folder's checkpoint if any; exit status 0 or 130."""
-    settings, c, guard, path = config.train, config.chains, config.guard, folder / "ckpt.pt"
-    if any(n % ranks for n in (settings.batch, c.buffer)) or (
-        config.model.standardise and settings.batch == ranks
-    ):  # no deviation of one image
-        raise click.UsageError(f"batch, buffer: not multiples of {ranks} processes, or too small")
-    settings.threads and torch.set_num_threads(settings.threads)
-    run, floor, other = Run(config, device, rank, ranks), {}, ""
-    model, buffer, cuda = run.model, run.buffer, device.type == "cuda"
-    rank and torch.distributed.barrier()  # the first process downloads
-    images, labels = (part.to(device) for part in load_images(config, "train", data_dir))
-    rank < 1 < ranks and torch.distributed.barrier()
-    if len(images) < settings.batch:
-        raise Failure(f"train.batch = {settings.batch}: there are {len(images)} training images")
-    if model.chain == "langevin":  # magnitudes that noise alone and healthy runs reach
-        pixels = guard.pixels + 4 * c.noise_std * math.sqrt(max(c.steps, c.final_steps))
-        floor = {"gap": guard.gap, "pixel_min": pixels, "pixel_max": pixels}
-    now = {"updates": 0, "level": {}, "greatest": torch.zeros(()), **run.snapshot()}
-    kept = {
-        "good": now,
-        "candidate": now,
-        "seconds": 0.0,
-        "log": "",
-        "rollbacks": [],
-        "precision": "bfloat16" if sampling.bfloat16_pays(device) else "float32",
-    }
-    if path.exists() or change:
-        state = load_checkpoint(path)
-        other = changes(state["config"], asdict(config))
-        if other and (not change or "model.name" in other or "train.seed" in other):
-            raise Failure(
-                f"{path} has other settings, {other}: choose another --out, or, but for "
-                "the model's name and the seed, --change"
-            )
-        try:
-            preset = state["preset"] + (other and f"; from update {state['updates']} on {other}")
-            if (there := len(state["generators"])) != ranks:
-                raise Failure(
-                    f"{path} is of a run of {there} processes, here are {ranks}: go on "
-                    f"with torchrun --nproc-per-node={there}, or choose another --out"
-                )
-            state.setdefault("average", state["model"])  # of a --change that begins one
-            "train.precision" in other and state.update(precision=kept["precision"])  # if auto now
-            now, kept = ({key: state[key] for key in part} for part in (now, kept))
-            run.restore(now)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise Failure(
-                f"{path} cannot be gone on from, a part is missing or of another shape "
-                f"or device ({error!r:.80}): choose another --out"
-            ) from error
-    kept |= {"precision": settings.precision} if settings.precision != "auto" else {}
-    write = write_whole if rank == 0 else lambda *_: None
-    write(folder / "config.yaml", as_yaml(asdict(config)).encode())
-    bfloat16, rollbacks, begun = kept["precision"] == "bfloat16", kept["rollbacks"], kept["seconds"]
-    mover = lru_cache(1)(
-        lambda steps: sampling.mover(
-            model,
-            model.energy,
-            steps,
-            c.step_size,
-            c.noise_std,
-            run.generator,
-            cuda,
-            settings.compile,
-            bfloat16=bfloat16,
-            bound=c.bound,
-        )
-    )
+class Stop:
+    """Within it Ctrl-C, SIGTERM and SIGHUP ask a run to save and end, in place of ending it.
 
-    def learn(rate, x, y, *chains):  # moves the weights and their average: figures of `names`
-        run.adam.param_groups[0].update(lr=rate, capturable=cuda)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss, metrics = run.loss(x, y, *chains or [None])
-        run.adam.zero_grad(set_to_none=True)
-        loss.backward()
-        run.adam.step()
-        if "average" in run.parts:  # an exponential one
-            states = (part.state_dict().values() for part in (run.parts["average"], model))
-            for mean, value in zip(*states, strict=True):
-                mean.lerp_(value, share) if mean.is_floating_point() else mean.copy_(value)
-        metrics |= {f"pixel_{end}": getattr(x, end)() for x in chains for end in ("min", "max")}
-        names[:] = "loss", *metrics
-        return torch.stack([loss, *metrics.values()]).detach()
+    `requested` is what all processes have agreed on. Signals that were ignored before (`nohup`)
+    stay so.
+    """
 
-    learner = lru_cache(1)(
-        lambda rollbacks: (  # the optimiser's state is another after each
-            sampling.Graph([learn], run.generator) if cuda and ranks == 1 else learn
-        )
-    )
-    draws = settings.pictures if buffer or hasattr(model, "generate") else 0
-    started, made, interrupted, names, share = time.monotonic(), 0, [], [], 1 - settings.average
-    for number in (signal.SIGINT, signal.SIGTERM):  # from now on they end the run after an update
-        signal.signal(number, lambda *_: interrupted.append(1))
+    def __init__(self):
+        self.signalled = self.requested = False
+        self.previous = {}
 
-    def save() -> None:
-        torch.save(
-            {
-                **now,
-                **kept,
-                "format": FORMAT,
-                "preset": preset,
-                "config": asdict(config),
-                "seed": settings.seed,
-                "device": device.type,
-                "torch": str(torch.__version__),
-                "python": sys.version.split()[0],
-            },
-            content := io.BytesIO(),
-        )
-        write(path, content.getbuffer())
+    def __enter__(self) -> Stop:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self.previous[number] = signal.signal(number, self.signal)
+        return self
 
-    def say(line: str) -> None:
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def signal(self, *_) -> None:
+        self.signalled = True
+
+    def agree(self, processes: Processes, device) -> None:
+        """Every process ends if one was asked to."""
+        self.requested = self.signalled
+        if processes.count > 1:
+            flag = torch.tensor(float(self.signalled), device=device)
+            self.requested = bool(processes.reduce_max(flag))
+
+
+class RunLog:
+    """log.csv, a row every `log_every` updates, and the same as lines on stdout.
+
+    Only the first of several processes (`writes`) has either.
+    """
+
+    def __init__(self, path: Path, stop: Stop, writes: bool):
+        self.path, self.stop, self.writes = path, stop, writes
+        self.text, self.seconds_before = "", 0.0
+        self.started, self.updates_made = time.monotonic(), 0
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Goes on from the rows and the time that a checkpoint holds."""
+        self.text, self.seconds_before = checkpoint["log"], checkpoint["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, of earlier processes too."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def row(self, update: int, metrics: dict[str, Tensor], rollbacks: int) -> None:
+        """Writes and prints a row; waits for the device."""
+        figures = torch.stack(list(metrics.values())).tolist()
+        seconds = self.seconds
+        row = {
+            "update": update,
+            **dict(zip(metrics, figures, strict=True)),
+            "rollbacks": rollbacks,
+            "seconds": round(seconds, 1),
+            "updates_per_second": round(self.updates_made / (seconds - self.seconds_before), 3),
+        }
+        if not self.text:
+            self.text = ",".join(row) + "\n"
+        self.text += ",".join(map(str, row.values())) + "\n"
+        if self.writes:
+            write_atomically(self.path, self.text.encode())
+        self.say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
+
+    def say(self, line: str) -> None:
+        """Prints a line. Where nobody reads it any more, the run saves and ends.
+
+        Of `train | tee log` Ctrl-C ends tee first; a disk may be full.
+        """
+        if not self.writes:
+            return
         try:
             click.echo(line)
-        except OSError:  # of `train | tee log` Ctrl-C ends tee first; a full disk: save, then end
-            interrupted.append(os.dup2(os.open(os.devnull, os.O_WRONLY), 1))
+        except OSError:
+            self.stop.signal()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
-    path.exists() and say(f"going on after update {now['updates']} of {path}")
-    say(f"{settings.updates} updates in {kept['precision']}; every {settings.log_every}:")
-    update, greatest = now["updates"], now["greatest"].to(device)  # 0, then one a metric
-    other and save()  # also where no update is left
-    while update < settings.updates:
-        if len(rollbacks) > guard.rollbacks:  # of this run, or of the one gone on from
-            raise Failure(
-                "diverged {} times, last at update {update}: {why}. {} is good, of update"
-                " {to}. Choose another --out and a lower train.rate or more chains.steps".format(
-                    len(rollbacks), path, **rollbacks[-1]
-                )
-            )
-        epoch, position = divmod(update, len(images) // settings.batch)
-        order = epoch_order(settings.seed, epoch, len(images), device)[position * settings.batch :]
-        chosen, update, made = order[: settings.batch].chunk(ranks)[rank], update + 1, made + 1
-        rate = learning_rate(update, settings, len(rollbacks) - guard.same_rate)
-        x = data.normalise(images[chosen]).contiguous(memory_format=torch.channels_last)
-        x += config.data.noise_std * torch.randn(x.shape, generator=run.generator, device=device)
-        inputs = [torch.full((), rate, device=device) if cuda else rate, x, labels[chosen]]
-        if buffer:
-            slots, chains = buffer.draw(x)
-            steps = c.steps * ((c.final_steps or c.steps) / c.steps) ** (update / settings.updates)
-            buffer.images[slots] = chains = mover(round(steps))(chains)
-            inputs.append(chains)
-        figures = learner(len(rollbacks))(*inputs)  # (names,)
-        greatest = torch.maximum(figures.abs(), greatest)
-        kept["seconds"] = begun + time.monotonic() - started
-        last, reason, stop, old = update == settings.updates, "", 0, kept["good"]
-        keep = last or update % settings.checkpoint_every == 0
-        if keep or update % guard.every == 0 or (ranks > 1 and not cuda):  # torchrun waits 30 s
-            weights = torch.nn.utils.get_total_norm(model.parameters()).detach()
-            more = torch.stack([weights, torch.full_like(weights, len(interrupted))])
-            seen = torch.cat([greatest, more]).nan_to_num(torch.inf)
-            if ranks > 1:
-                torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-            greatest, (*found, stop) = seen[:-2], seen.tolist()  # waits for the device
-            found = dict(zip([*names, "weights"], found, strict=True))
-            reason = out_of_bounds(found, old["level"], floor, guard)
-        stop = stop or (ranks == 1 and interrupted)
-        reason and rollbacks.append({"update": update, "to": old["updates"], "why": reason})
-        if update % settings.log_every == 0 or last or reason:
-            row = {
-                "update": update,
-                **dict(zip(names, figures.tolist(), strict=True)),
-                "rollbacks": len(rollbacks),
-                "seconds": round(kept["seconds"], 1),
-                "updates_per_second": round(made / (kept["seconds"] - begun), 3),
-            }
-            kept["log"] = kept["log"] or ",".join(row) + "\n"
-            kept["log"] += ",".join(map(str, row.values())) + "\n"
-            write(folder / "log.csv", kept["log"].encode())
-            say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run is kept, and what its checkpoints say of it beside its state."""
+
+    path: Path
+    config: Config
+    preset: str
+    origin: str
+    precision: str
+    device: str
+    writes: bool  # of several processes the first alone
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "ckpt.pt"
+
+    def begin(self) -> None:
+        """Writes the configuration."""
+        if self.writes:
+            content = as_yaml(asdict(self.config)).encode()
+            write_atomically(self.path / "config.yaml", content)
+
+    def save(self, snapshot: Snapshot, guard: Guard, log: RunLog) -> None:
+        """Writes the checkpoint."""
+        if not self.writes:
+            return
+        checkpoint: Checkpoint = {
+            **snapshot,
+            "good": guard.good,
+            "candidate": guard.candidate,
+            "rollbacks": guard.rollbacks,
+            "log": log.text,
+            "seconds": log.seconds,
+            "format": FORMAT,
+            "preset": self.preset,
+            "origin": self.origin,
+            "config": asdict(self.config),
+            "seed": self.config.train.seed,
+            "precision": self.precision,
+            "device": self.device,
+            "torch": str(torch.__version__),
+            "python": sys.version.split()[0],
+        }
+        save_checkpoint(self.checkpoint, checkpoint)
+
+    def save_picture(self, update: int, images: Tensor) -> None:
+        """Writes chains, or draws of a generator, into samples/."""
+        if self.writes:
+            picture = evaluate.grid_figure(images, caption=f"{self.preset}, update {update}")
+            path = self.path / "samples" / f"{update:07d}.png"
+            write_atomically(path, evaluate.figure_bytes(picture, path))
+
+
+def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: Stop) -> None:
+    """Trains to `train.updates`, or until a stop is requested; Failure where it keeps diverging."""
+    train, processes = trainer.config.train, trainer.processes
+    while trainer.update < train.updates and not stop.requested:
+        if guard.is_exhausted:
+            raise Failure(advice_after_divergence(guard, folder))
+        x, y = trainer.next_batch()
+        chains = trainer.move_chains(x)  # None for models without chains
+        metrics = trainer.learn(x, y, chains)  # stay on the device
+        guard.observe(metrics)
+        log.updates_made += 1
+
+        update, last = trainer.update, trainer.update == train.updates
+        regular = update % train.checkpoint_every == 0
+        checking = last or regular or update % guard.settings.every == 0
+        reason = guard.verdict(trainer.model) if checking else None
+        if update % train.log_every == 0 or last or reason:
+            log.row(update, metrics, len(guard.rollbacks) + bool(reason))
         if reason:
-            run.restore(old)
-            torch.manual_seed(settings.seed + len(rollbacks) + 1_000_003 * (rank + 1))
-            now = kept["good"] = kept["candidate"] = {k: old.get(k) for k in now} | run.snapshot()
-            say(f"update {update}: {reason}; back to update {now['updates']}")
-            update, greatest = now["updates"], torch.zeros_like(greatest)
-            save()
+            folder.save(guard.roll_back(trainer, reason), guard, log)
+            log.say(f"update {update}: {reason}; back to update {trainer.update}")
             continue
-        if draws and (update % math.ceil(settings.updates / draws) == 0 or last):
-            with evaluate.seeded(settings.seed, device), torch.no_grad():
-                shown = buffer.images[:64] if buffer else model.eval().generate(64)
-            write(folder / "samples" / f"{update:07d}.png", evaluate.grid_png(shown))
-            model.train()
-        if keep or (stop and all(v.isfinite().all() for v in model.state_dict().values())):
-            now = {**now, "updates": update, "greatest": greatest, **run.snapshot()}
-            if update % settings.checkpoint_every == 0:  # healthy ever since the candidate
-                top, now["greatest"] = guard.runaway, (greatest := torch.zeros_like(greatest))
-                now["level"] = {k: min(found[k], top * v) for k, v in floor.items()}
-                kept["good"], kept["candidate"] = kept["candidate"], now
-            save()
-        if stop:
-            break
-    knn = f"python cebm.py knn {path}" + f" --data-dir {data_dir}" * (config.data.name != "glyphs")
-    say(
-        f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
-        if update >= settings.updates
-        else "interrupted; "
-        f"{'the same command goes on from' if path.exists() else 'nothing at'} {path}"
+        if train.pictures and (update % math.ceil(train.updates / train.pictures) == 0 or last):
+            picture = trainer.picture()
+            if picture is not None:
+                folder.save_picture(update, picture)
+        if checking or not (trainer.cuda and processes.count > 1):  # else a wait for the device
+            stop.agree(processes, trainer.device)
+        if last or regular or (stop.requested and trainer.is_finite()):
+            state = trainer.state_dict()
+            snapshot = guard.accept(state) if regular else guard.stamp(state)
+            folder.save(snapshot, guard, log)
+
+
+def advice_after_divergence(guard: Guard, folder: RunFolder) -> str:
+    """What happened, and a command that begins anew from the last good state at a lower rate."""
+    last, path = guard.rollbacks[-1], folder.checkpoint
+    lower = folder.config.train.rate * 0.5 ** (guard.halvings + 1)
+    command = ["python", "cebm.py", "train", "--preset", folder.preset]
+    for key, value in settings_over(folder.preset, folder.config).items():
+        if key != "train.rate":
+            command += ["--set", f"{key}={json.dumps(value)}"]
+    command += ["--set", f"train.rate={lower:.3g}", "--init-from", str(path)]
+    command += ["--out", f"{folder.path}-calmer"]
+    return (
+        f"diverged {len(guard.rollbacks)} times, last at update {last['update']}: {last['why']}. "
+        f"{path} is good, of update {last['to']}. From there at a lower train.rate (more "
+        f"chains.steps may help too):\n  {shlex.join(command)}"
     )
-    return 0 if update >= settings.updates else 130
 
 
-def _device(_context, _parameter, name: str):
+def settings_over(preset: str, config: Config) -> dict[str, object]:
+    """The settings by which `config` differs from its preset: SECTION.KEY -> value."""
+    usual, flat = flatten(asdict(compose(preset))), flatten(asdict(config))
+    return {key: value for key, value in flat.items() if value != usual[key]}
+
+
+def differences(old: Config, new: Config) -> dict[str, str]:
+    """What differs: SECTION.KEY -> "(old, now new)"."""
+    before, after = flatten(asdict(old)), flatten(asdict(new))
+    return {
+        key: f"({show_value(before[key])}, now {show_value(after[key])})"
+        for key in after
+        if before[key] != after[key]
+    }
+
+
+def show_value(value: object) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def obstacles_to_resuming(old: Config, new: Config) -> dict[str, str]:
+    """Differences that make another run: all but speed and, where nothing hangs on it, length."""
+    differing = differences(old, new)
+    harmless = ["train.compile", "train.threads"]
+    flat = all(c.train.decay == "none" and not c.chains.final_steps for c in (old, new))
+    if flat and old.train.updates < new.train.updates:
+        harmless.append("train.updates")
+    return {key: how for key, how in differing.items() if key not in harmless}
+
+
+@contextmanager
+def claim_folder(folder: Path):
+    """Makes a run folder and keeps a second `train` out of it; removes drafts of killed runs."""
+    from filelock import FileLock, Timeout  # comes with torch
+
+    lock = FileLock(folder / ".lock")
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Failure(f"{folder} is in use by another `train`; choose another --out") from None
+    except (NotImplementedError, OSError) as error:
+        if not os.access(folder, os.W_OK):
+            raise Failure(f"cannot write to {folder}: {error}; choose another --out") from error
+        click.echo(f"Warning: {folder} cannot be locked ({error}); start no other `train` there")
+    try:
+        for draft in [*folder.glob(".*.draft"), *folder.glob("samples/.*.draft")]:
+            draft.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def require_same_run(state: Checkpoint, config: Config, path: Path) -> None:
+    """Failure where the checkpoint in a run folder is of other settings than the command's."""
+    differing = obstacles_to_resuming(parse_config(state["config"]), config)
+    if differing:
+        listed = ", ".join(f"{key} {how}" for key, how in differing.items())
+        raise Failure(
+            f"{path} has other settings, {listed}: choose another --out, there from the start or, "
+            f"with --init-from {shlex.quote(str(path))}, from here"
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: nothing, its own checkpoint, or another run's (--init-from)."""
+
+    preset: str
+    origin: str = ""
+    path: Path | None = None  # of the checkpoint
+    state: Checkpoint | None = None
+    branches: bool = False  # off another run
+
+    def precision(self, config: Config, device) -> str:
+        """float32 or bfloat16; a run keeps what it began with, also on another machine."""
+        if config.train.precision != "auto":
+            return config.train.precision
+        if self.state and not self.branches:
+            return self.state["precision"]
+        return "bfloat16" if sampling.bfloat16_pays(device) else "float32"
+
+
+def find_start(config: Config, preset: str, path: Path, init_from: Path | None) -> Start:
+    """Where a run starts whose checkpoint belongs at `path`."""
+    if path.exists():
+        state = load_checkpoint(path)
+        require_same_run(state, config, path)
+        return Start(state["preset"], state.get("origin", ""), path, state)
+    if init_from:
+        state = load_checkpoint(init_from)
+        return Start(preset, branch_origin(state, config, init_from), init_from, state, True)
+    return Start(preset)
+
+
+def branch_origin(state: Checkpoint, config: Config, path: Path) -> str:
+    """A line on what a run branches off and what it changes; model and seed have to stay."""
+    differing = differences(parse_config(state["config"]), config)
+    for key in ("model.name", "train.seed"):
+        if key in differing:
+            raise Failure(f"--init-from {path}: {key} {differing[key]} has to stay")
+    origin = f"update {state['updates']} of {path} ({state['preset']})"
+    if differing:
+        origin += "; " + ", ".join(f"{key} {how}" for key, how in differing.items())
+    return origin
+
+
+def restore(trainer: Trainer, guard: Guard, log: RunLog, state: Checkpoint, path: Path) -> None:
+    """Goes on from the checkpoint read from `path`; Failure where a part of it does not fit."""
+    try:
+        there, here = len(state["generators"]), trainer.processes.count
+        if there != here:
+            raise Failure(
+                f"{path} is of a run of {there} processes, here are {here}: resume it with "
+                f"torchrun --nproc-per-node={there}, or choose another --out"
+            )
+        for snapshot in (state["good"], state["candidate"], state):  # the last one stays
+            trainer.load_state_dict(snapshot)
+        guard.resume(state)
+        log.resume(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise Failure(
+            f"{path} cannot be resumed, a part is missing or of another shape or device "
+            f"({error!r:.80}): choose another --out"
+        ) from error
+
+
+def check_shares(config: Config, processes: Processes) -> None:
+    """UsageError where batch or buffer cannot be shared among the processes."""
+    train, count = config.train, processes.count
+    for key, number in (("train.batch", train.batch), ("chains.buffer", config.chains.buffer)):
+        if number % count:
+            raise click.UsageError(f"{key} = {number}: not a multiple of {count} processes")
+    if config.model.standardise and train.batch == count:
+        raise click.UsageError(
+            f"train.batch = {train.batch}: too small, means of one image cannot be standardised"
+        )
+
+
+def load_training_images(config: Config, data_dir: str, processes: Processes):
+    """The training set; the first of several processes reads, or downloads, before the others."""
+    if processes.rank > 0:
+        torch.distributed.barrier()
+    images, labels = load_images(config, "train", data_dir)
+    if processes.rank == 0 and processes.count > 1:
+        torch.distributed.barrier()
+    if len(images) < config.train.batch:
+        raise Failure(
+            f"train.batch = {config.train.batch}: there are {len(images)} training images"
+        )
+    return images, labels
+
+
+def train_run(
+    config: Config,
+    preset: str,
+    folder_path: Path,
+    init_from: Path | None,
+    data_dir: str,
+    device,
+    processes: Processes,
+) -> int:
+    """Trains into a folder, from its checkpoint if it has one: exit status 0 or 130."""
+    check_shares(config, processes)
+    require_memory(config, device, training=True)
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    images, labels = load_training_images(config, data_dir, processes)
+    first = processes.rank == 0
+    with claim_folder(folder_path) if first else nullcontext(), Stop() as stop:
+        start = find_start(config, preset, folder_path / "ckpt.pt", init_from)
+        precision = start.precision(config, device)
+        folder = RunFolder(
+            folder_path, config, start.preset, start.origin, precision, device.type, first
+        )
+        trainer = Trainer(config, images, labels, device, precision, processes)
+        guard = Guard(config, trainer.state_dict(), processes)
+        log = RunLog(folder_path / "log.csv", stop, first)
+        if start.state:
+            restore(trainer, guard, log, start.state, start.path)
+            log.say(f"resuming after update {trainer.update} of {start.path}")
+        if start.branches:
+            guard.begin(trainer.state_dict())
+            log.text = ""
+            folder.save(guard.good, guard, log)
+        trainer.halvings = guard.halvings
+        folder.begin()
+        log.say(f"{config.train.updates} updates in {precision}; every {config.train.log_every}:")
+        fit(trainer, guard, log, folder, stop)
+        log.say(farewell(trainer, folder, data_dir))
+        return 0 if trainer.update >= config.train.updates else 130
+
+
+def farewell(trainer: Trainer, folder: RunFolder, data_dir: str) -> str:
+    """What to do after a run, or after an interruption."""
+    path = shlex.quote(str(folder.checkpoint))
+    if trainer.update < trainer.config.train.updates:
+        there = folder.checkpoint.exists()
+        return f"interrupted; {'the same command resumes from' if there else 'nothing at'} {path}"
+    knn = f"python cebm.py knn {path}"
+    if trainer.config.data.name != "glyphs":
+        knn += f" --data-dir {shlex.quote(str(data_dir))}"
+    return f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
+
+
+# Commands
+
+
+def in_torchrun() -> dict:
+    """`torchrun`'s environment; ranks that others set, as schedulers do, are not ours."""
+    return os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+
+
+def start_processes(device) -> Processes:
+    """Meets the other processes of `torchrun`, if it started this one."""
+    rank, count = (int(in_torchrun().get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if count > 1:
+        # DistributedDataParallel would import it later and keep the group for ever.
+        importlib.import_module("torch.distributed.nn")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+    return Processes(rank, count)
+
+
+def parse_device(_context, _parameter, name: str):
+    """A torch.device that works here, by its name; a GPU of `torchrun` is the process's own."""
     sampling.keep_freed_memory()
     try:
-        auto = name == "auto" and ("cuda" if torch.cuda.is_available() else "cpu")
-        if (device := torch.device(auto or name)).type == "cuda":
-            device = torch.device("cuda", device.index or int(TORCHRUN.get("LOCAL_RANK", 0)))
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
+        if device.type == "cuda":
+            index = device.index or int(in_torchrun().get("LOCAL_RANK", 0))
+            device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).tolist()
         return device
-    except (RuntimeError, AssertionError) as error:
-        raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.UsageError(f"--device {name}: {reason}") from error
 
 
-CKPT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
-OUT = partial(
-    click.option,
-    metavar="FILE",
-    callback=lambda _context, _parameter, path: (
-        path if (path is None) else write_whole(Path(path), None) or path
-    ),
-)  # refused before the work
+CHECKPOINT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", help="Where data are, or are downloaded to.")
-DEVICE = click.option("--device", default="auto", callback=_device, help="cpu or cuda.")
+DEVICE = click.option("--device", default="auto", callback=parse_device, help="cpu or cuda.")
 
 
-def table_command(figures):
-    """A command that prints a row a checkpoint, `figures` of its model, config and both sets."""
+def out_option(name: str, **settings):
+    """An option for the place of a result."""
+    return click.option(name, metavar="FILE", **settings)
 
-    def command(checkpoints, form, data_dir, device, **options):
-        rows = []
-        try:
-            for path in checkpoints:
-                model, config, state = load_model(path, device)
-                sets = [load_images(config, split, data_dir) for split in ("train", "test")]
-                row = {
-                    "checkpoint": path,
-                    "model": config.model.name,
-                    "data": config.data.name,
-                    "updates": state["updates"],
-                }
-                rows.append(row | figures(model, config, *sets, data_dir, device, **options))
-        finally:  # also when a later checkpoint fails
-            if rows:
-                click.echo(json.dumps(rows) if form == "json" else evaluate.table(rows, bool(form)))
 
-    command.__dict__ |= figures.__dict__  # its click options
+def table_options(command):
+    """The options of commands that print a row a checkpoint."""
     for option in (
-        CKPT("checkpoints", nargs=-1, required=True, metavar="CKPT..."),
-        DATA_DIR,
-        click.option("--json", "form", flag_value="json", help="For a program."),
         DEVICE,
+        DATA_DIR,
         click.option("--markdown", "form", flag_value="markdown", help="For a README."),
+        click.option("--json", "form", flag_value="json", help="For a program."),
+        CHECKPOINT("checkpoints", nargs=-1, required=True),
     ):
         command = option(command)
-    return main.command(figures.__name__, help=figures.__doc__)(command)
+    return command
+
+
+def say(text: str) -> None:
+    """Prints a result; Failure where it cannot be."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Failure(f"cannot print: {error.strerror}") from error
+
+
+def print_rows(checkpoints, form: str | None, data_dir: str, device, figures) -> None:
+    """A row a checkpoint: what it is, then `figures` of model, config, training and test set.
+
+    Rows that are done are printed also when a later checkpoint fails.
+    """
+    rows = []
+    try:
+        for path in checkpoints:
+            model, config, state = load_model(path, device)
+            train, test = (load_images(config, split, data_dir) for split in ("train", "test"))
+            row = {"checkpoint": path, "model": config.model.name, "data": config.data.name}
+            row["updates"] = state["updates"]
+            rows.append(row | figures(model, config, train, test))
+    finally:
+        if rows:
+            say(json.dumps(rows) if form == "json" else evaluate.table(rows, form == "markdown"))
+
+
+def options_in_use() -> set[str]:
+    """The options that this command was given, as they are typed."""
+    context = click.get_current_context()
+    return {
+        parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    }
+
+
+def refuse_unusable(name: str) -> None:
+    """UsageError where the command was given an option that the model has no use for."""
+    kind, used = models.MODELS[name], options_in_use()
+    chains = not kind.decoder
+    usable = {
+        "--refine": kind.latent_energy,
+        "--given": kind.posterior,
+        "--steps": chains,
+        "--from": chains,
+    }
+    if "--given" in used and kind.posterior:
+        name += " with --given"
+        # Its chains start from noise, as many as images; one sweep of Gibbs draws from p(x | z).
+        usable |= {"--count": False, "--from": False}
+        usable["--steps"] = chains and kind.chains != "gibbs"
+    for option, is_usable in usable.items():
+        if option in used and not is_usable:
+            raise click.UsageError(f"{option} is not for {name}")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -609,28 +1654,35 @@ def main():
 )
 @click.option("--out", type=click.Path(file_okay=False), help="Run folder.  [default: runs/PRESET]")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="The same as --set train.seed=N.")
-@click.option("--change", is_flag=True, help="Go on with the run in --out under other settings.")
+@click.option(
+    "--init-from",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="CKPT",
+    help="Begin in the state of another run, under the settings given here.",
+)
 @DATA_DIR
 @DEVICE
-def train(preset, settings, out, seed, change, data_dir, device):
-    """Train, or go on where the run folder's checkpoint stopped.
+def train(preset, settings, out, seed, init_from, data_dir, device):
+    """Train, or resume where the run folder's checkpoint stopped.
 
     Example: python cebm.py train --preset cebm-fmnist --set chains.steps=20
     """
-    config = compose(preset, settings + (() if seed is None else (f"train.seed={seed}",)))
+    if seed is not None:
+        settings = (*settings, f"train.seed={seed}")
+    config = compose(preset, settings)
+    check(config)
     folder = Path(out or f"runs/{preset}")
-    rank, ranks = (int(TORCHRUN.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if ranks > 1:  # DDP would import `nn` later, and its default arguments keep the group for ever
-        importlib.import_module("torch.distributed.nn")
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)
-    with claimed(folder) if rank == 0 else open(os.devnull, "w") as lock:
-        sys.stdout = lock if rank else sys.stdout  # the first process alone prints
-        sys.exit(train_model(config, folder, data_dir, device, preset, change, rank, ranks))
+    processes = start_processes(device)
+    try:
+        status = train_run(config, preset, folder, init_from, data_dir, device, processes)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise Failure(f"{reason} Choose a smaller train.batch or chains.buffer") from error
+    sys.exit(status)
 
 
 @main.command()
-@CKPT("checkpoint")
+@CHECKPOINT("checkpoint")
 @click.option(
     "--from",
     "source",
@@ -653,155 +1705,179 @@ def train(preset, settings, out, seed, change, data_dir, device):
 )
 @click.option("--count", type=click.IntRange(1, 1000), default=64)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
-@OUT("--out", default="samples.png")
+@out_option("--out", default="samples.png", help="A .png, .jpg, .pdf or .svg.")
 @DATA_DIR
 @DEVICE
 def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir, device):
-    """Draw a grid of samples into a PNG: chains, or a generator's images.
+    """Draw a grid of samples: chains, or a generator's images.
 
     Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise
     """
+    require_writable(out, evaluate.PICTURES, inputs=[checkpoint])
     model, config, state = load_model(checkpoint, device)
-    name, c, originals = config.model.name, config.chains, torch.empty(0, *config.data.image)
-    draws, infers = hasattr(model, "decode"), hasattr(model, "posterior")  # no chains; p(z | x)
-    wrong = {
-        "--refine": refine and name != "gan",
-        "--given": given and not infers,
-        "--steps": draws and steps is not None,
-        "--from": draws and source == "noise",
-        "--steps with --given": steps is not None and given and model.chain == "gibbs",
-    }
-    for option in filter(wrong.get, wrong):
-        raise click.UsageError(f"{option} is not for {name}")
-    chain = c.step_size, c.noise_std, (rng := torch.Generator(device).manual_seed(seed + 500_009))
-    if given:
-        parts = load_images(config, "test", data_dir)[0].tensor_split(given)  # a folder is sorted
-        originals = data.normalise(torch.cat([part[:1] for part in parts]))
-        count, z = len(originals), model.represent(originals.to(device)).detach()  # (N, D)
-    if draws:
-        with evaluate.seeded(seed + 500_008, device):  # not the numbers of weights or of training
-            z = z if given else model.prior.sample(count).detach()
-        z = sampling.langevin(model.latent_energy, z, refine, *chain) if refine else z
-        x = model.decode(z).detach()
+    refuse_unusable(config.model.name)
+    originals = evenly_spaced_images(config, given, data_dir) if given else None
+    if models.MODELS[config.model.name].decoder:
+        images, story = decode(model, config, originals, count, refine, seed, device)
     else:
-        energy = (lambda x: model.joint_energy(x, z)) if given else model.energy
-        steps, stored = c.final_steps or c.steps if steps is None else steps, state.get("buffer")
-        if given and model.chain == "gibbs":
-            steps, start = 1, originals.to(device)
-        elif given or source == "noise" or stored is None:
-            if not given and source == "buffer":
-                click.echo(f"{checkpoint} has no replay buffer: starting from noise")
-            start = sampling.uniform((count, *config.data.image), rng)
-        else:
-            order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(seed))
-            start = stored[order[:count]].to(device)
-        x = sampling.mover(model, energy, steps, *chain, bound=c.bound)(start)
-        click.echo(
-            f"{steps} steps: mean energy {energy(start).mean().item():.4g} -> "
-            f"{energy(x).mean().item():.4g}, pixels {x.min():.3g} to {x.max():.3g}"
+        start = chain_start(config, state, source, originals, count, seed, device)
+        images, story = run_chains(model, config, originals, start, steps, seed)
+    say(story)
+    images = images if originals is None else torch.cat([originals, images])
+    caption = f"{config.model.name}, {config.data.name}, {state['updates']} updates: {story}"
+    figure = evaluate.grid_figure(images, given, caption)
+    write_atomically(Path(out), evaluate.figure_bytes(figure, out))
+    say(out)
+
+
+def evenly_spaced_images(config: Config, count: int, data_dir: str) -> Tensor:
+    """`count` test images (N, C, H, W), evenly spaced, since a folder's are sorted by class."""
+    parts = load_images(config, "test", data_dir)[0].tensor_split(count)
+    return data.normalise(torch.cat([part[:1] for part in parts]))
+
+
+def decode(model, config: Config, originals, count: int, refine: int | None, seed: int, device):
+    """A decoder's images of z from p(z), or of the latents of `originals`: images, a line on it."""
+    if originals is not None:
+        z, story = model.represent(originals.to(device)).detach(), "decoded latents of test images"
+    else:
+        with evaluate.seeded(seed + 500_008, device):  # not the numbers of weights or of training
+            z, story = model.prior.sample(count).detach(), "decoded draws from p(z)"
+    if refine:
+        chains, generator = config.chains, chain_generator(seed, device)
+        z = sampling.langevin(
+            model.latent_energy, z, refine, chains.step_size, chains.noise_std, generator
         )
-    write_whole(Path(out), evaluate.grid_png(torch.cat([originals, x.cpu()]), given and count))
-    click.echo(out)
+        story += f" after {refine} Langevin steps on E(z)"
+    return model.decode(z).detach().cpu(), story
 
 
-@table_command
+def chain_generator(seed: int, device) -> torch.Generator:
+    """Random numbers for chains that are not those of weights or of training."""
+    return torch.Generator(device).manual_seed(seed + 500_009)
+
+
+def chain_start(config: Config, state, source: str, originals, count: int, seed: int, device):
+    """Where chains start: what it is called, images (N, C, H, W)."""
+    buffer = state.get("buffer")
+    if originals is not None and models.MODELS[config.model.name].chains == "gibbs":
+        return "test images", originals.to(device)
+    if originals is not None:
+        count = len(originals)
+    elif source == "buffer" and buffer is not None:
+        order = torch.randperm(len(buffer), generator=torch.Generator().manual_seed(seed))
+        return "the buffer", buffer[order[:count]].to(device)
+    elif source == "buffer":
+        say("the checkpoint has no replay buffer: starting from noise")
+    return "noise", sampling.uniform((count, *config.data.image), chain_generator(seed, device))
+
+
+def run_chains(model, config: Config, originals, start, steps: int | None, seed: int):
+    """Chains on E(x), or on E(x, z) of the latents z of `originals`: images, a line on them."""
+    kind, (place, x) = models.MODELS[config.model.name], start
+    generator = chain_generator(seed, x.device)
+    if place == "noise":  # goes on after the numbers of the start
+        sampling.uniform(x.shape, generator)
+    energy = model.energy
+    if originals is not None:
+        z = model.represent(originals.to(x.device)).detach()
+        energy = partial(model.joint_energy, z=z)
+        steps = 1 if kind.chains == "gibbs" else steps
+    if steps is None:
+        steps = config.chains.final_steps or config.chains.steps
+    sampler = kind.chains or "langevin"  # HDGE has an energy, though no chains in training
+    end = sampling.mover(sampler, model, energy, steps, config.chains, generator)(x)
+    return end.cpu(), (
+        f"{steps} steps from {place}, mean energy {energy(x).mean().item():.4g} -> "
+        f"{energy(end).mean().item():.4g}, pixels {end.min():.3g} to {end.max():.3g}"
+    )
+
+
+@main.command()
+@table_options
 @click.option("--limit", type=click.IntRange(1), help="At most N training images, evenly spaced.")
-@OUT("--plot", help="The last CKPT's confusion matrix as a PNG.")
+@out_option("--plot", help="The last CKPT's confusion matrix, a .png, .jpg, .pdf or .svg.")
 @click.option("--whiten", is_flag=True, help="Bring latents' principal directions to one scale.")
-def knn(model, config, train, test, data_dir, device, limit, plot, whiten):
+def knn(checkpoints, form, data_dir, device, limit, plot, whiten):
     """Exact 1-nearest-neighbour test accuracy (supplement E.1), in percent.
 
     In latent space, that of the same network untrained, and pixel space; a classifier's own too.
 
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
-    row, classes, step = {}, config.data.classes, -(-len(train[1]) // (limit or len(train[1])))
-    spaces = {
-        "latent": model.represent,
-        "untrained": new_model(config, device).eval().represent,
-        "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round().byte(),
-    }
-    for space, represent in spaces.items():
-        a, b = (evaluate.in_batches(represent, x, device) for x in (train[0][::step], test[0]))
-        a, b = evaluate.whiten(a, b) if whiten and space != "pixel" else (a, b)
-        predicted = train[1][::step][evaluate.nearest(a, b).cpu()]
-        row[space] = round(100 * (predicted == test[1]).double().mean().item(), 2)
-        if space == "latent":
-            counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
-            row["confusion"] = counts.view(classes, classes).tolist()
+    require_writable(plot, evaluate.PICTURES, inputs=checkpoints)
+    last = {}
+
+    def figures(model, config, train, test):
+        step = -(-len(train[0]) // (limit or len(train[0])))
+        train = [part[::step] for part in train]
+        untrained = new_model(config, device).eval()
+        row = evaluate.knn_row(model, untrained, train, test, config.data.classes, device, whiten)
+        if models.MODELS[config.model.name].labels:
+            row["accuracy"] = evaluate.accuracy(model, test, device)
+        last.update(row=row, config=config)
+        return row
+
+    print_rows(checkpoints, form, data_dir, device, figures)
     if plot:
-        write_whole(
-            Path(plot),
-            evaluate.confusion_png(
-                torch.tensor(row["confusion"]),
-                data.class_names(config.data.name, data_dir, classes),
-            ),
-        )
-    if config.model.name in ("jem", "hdge"):
-        right = evaluate.in_batches(model.f, test[0], device).argmax(1).cpu() == test[1]
-        row["accuracy"] = round(100 * right.double().mean().item(), 2)
-    return row
+        row, settings = last["row"], last["config"].data
+        names = data.class_names(settings.name, data_dir, settings.classes)
+        title = f"{last['config'].model.name} on {settings.name}, 1-NN {row['latent']:.2f} %"
+        figure = evaluate.confusion_figure(torch.tensor(row["confusion"]), names, title)
+        write_atomically(Path(plot), evaluate.figure_bytes(figure, plot))
 
 
-@table_command
+@main.command()
+@table_options
 @click.option("--scale", is_flag=True, help="Centre the latents and scale all alike to variance 1.")
-def probe(model, config, train, test, data_dir, device, scale):
+def probe(checkpoints, form, data_dir, device, scale):
     """Test accuracy of logistic regression on the latents, in percent.
 
     With 1, 10, 100 (if there are as many) and all labels a class; mean and deviation of ten draws.
 
     Example: python cebm.py probe runs/quickstart/ckpt.pt
     """
-    a, b = (evaluate.in_batches(model.represent, s[0], device).cpu() for s in (train, test))
-    if scale:  # the penalty bears harder on small latents
-        a, b = ((x - a.mean(0)) / a.var(0).mean().sqrt().clamp(min=1e-30) for x in (a, b))
-    scores = {
-        n: evaluate.probe(a, train[1], b, test[1], config.data.classes, n)
-        for n in (1, 10, 100, None)
-        if (n or 0) <= train[1].bincount().min()
-    }
-    return {
-        f"{n or 'all'}{what}": round(score, 2)
-        for n, pair in scores.items()
-        for what, score in zip(("", " std"), pair, strict=True)
-    }
+
+    def figures(model, config, train, test):
+        return evaluate.probe_row(model, train, test, config.data.classes, device, scale)
+
+    print_rows(checkpoints, form, data_dir, device, figures)
 
 
-@table_command
+@main.command()
+@table_options
 @click.option(
     "--against",
     multiple=True,
     metavar="DATA",
-    type=click.Choice(LIMITS["data"]["name"]),
     help="Another data set; may be repeated. Uniform noise and constant images always.",
 )
-def ood(model, config, train, test, data_dir, device, against):
+def ood(checkpoints, form, data_dir, device, against):
     """AUROC of telling the test set from other data, in percent.
 
     By log p(x) up to a constant, that is -E(x) or a VAE's ELBO, and by minus its gradient's norm.
 
     Example: python cebm.py ood runs/cebm-fmnist/ckpt.pt --against mnist
     """
-    if not hasattr(model, "energy"):
-        raise Failure(f"{config.model.name} has no density of images to score with")
-    own, generator = test[0], torch.Generator().manual_seed(0)
-    level = torch.randint(256, (len(own), 1, 1, 1), generator=generator)
-    others = {name: data.load(name, "test", data_dir, config.data.image)[0] for name in against}
-    others["uniform"] = torch.randint(256, own.shape, generator=generator).byte()
-    others["constant"] = level.expand(own.shape).byte()
-    inside, *outside = (evaluate.density_scores(model, x, device) for x in (own, *others.values()))
-    return {
-        f"{name} {k}": round(evaluate.auroc(inside[k], scores[k]), 2)
-        for name, scores in zip(others, outside, strict=True)
-        for k in inside
-    }
+    for name in against:
+        if name not in data.DATASETS:
+            raise click.UsageError(f"--against {name}{nearest_word(name, data.DATASETS)}")
+
+    def figures(model, config, train, test):
+        if not models.MODELS[config.model.name].density:
+            raise Failure(f"{config.model.name} has no density of images to score with")
+        shape = config.data.image
+        others = {name: data.load(name, "test", data_dir, shape)[0] for name in against}
+        return evaluate.ood_row(model, test[0], others, device)
+
+    print_rows(checkpoints, form, data_dir, device, figures)
 
 
 @main.command()
-@CKPT("checkpoint")
+@CHECKPOINT("checkpoint")
 @click.option("--split", type=click.Choice(["train", "test"]), default="test")
-@OUT("--map", help="A picture of the means too: UMAP if installed, else PCA.")
-@OUT("--out", default="latents.npz")
+@out_option("--map", help="A picture of the means too: UMAP if installed, else PCA.")
+@out_option("--out", default="latents.npz", help="An .npz.")
 @DATA_DIR
 @DEVICE
 def export(checkpoint, split, map, out, data_dir, device):
@@ -813,30 +1889,22 @@ def export(checkpoint, split, map, out, data_dir, device):
     """
     if map and os.path.realpath(map) == os.path.realpath(out):
         raise click.UsageError(f"--map and --out are both {map}")
+    require_writable(out, [".npz"], inputs=[checkpoint])
+    require_writable(map, evaluate.PICTURES, inputs=[checkpoint])
     model, config, _ = load_model(checkpoint, device)
     images, labels = load_images(config, split, data_dir)
-    columns = {
-        "mean": model.represent,
-        "energy": getattr(model, "energy", None),
-        "std": hasattr(model, "posterior") and (lambda x: model.posterior(x).variance.sqrt()),
-    }
-    with evaluate.seeded(0, device):
-        arrays = {
-            k: evaluate.in_batches(f, images, device).cpu().numpy() for k, f in columns.items() if f
-        } | {"labels": labels.numpy()}
-    np.savez(content := io.BytesIO(), **arrays)
-    write_whole(Path(out), content.getvalue())
-    click.echo(f"{out}: " + ", ".join(f"{k} {v.shape}" for k, v in arrays.items()))
+    kind = models.MODELS[config.model.name]
+    arrays = evaluate.latents(model, images, device, kind.posterior, kind.density)
+    arrays["labels"] = labels.numpy()
+    write_atomically(Path(out), evaluate.npz_bytes(arrays))
+    say(f"{out}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
     if map:
-        points, method = evaluate.plane(torch.tensor(arrays["mean"]))
+        points, method = evaluate.plane(arrays["mean"])
         names = data.class_names(config.data.name, data_dir, config.data.classes)
-        write_whole(
-            Path(map),
-            evaluate.map_png(
-                points, labels, names, f"{method}, {config.model.name}, {config.data.name} {split}"
-            ),
-        )
-        click.echo(f"{map}: {method}")
+        title = f"{config.model.name}, {config.data.name} {split}, {checkpoint}"
+        figure = evaluate.map_figure(points, arrays["labels"], names, title, method)
+        write_atomically(Path(map), evaluate.figure_bytes(figure, map))
+        say(f"{map}: {method}")
 
 
 @main.command()
@@ -846,35 +1914,32 @@ def show(what):
 
     Example: python cebm.py show cebm-fmnist
     """
+    presets = read_recipes()["presets"]
     if what is None:
-        for name, c in ((name, compose(name)) for name in PRESETS):
-            grown = f" to {c.chains.final_steps}" * (c.chains.final_steps > 0)
-            none = c.model.name.endswith(CHAINLESS)
-            click.echo(
-                f"{name:20} {c.train.updates} updates, batch {c.train.batch}, rate "
-                f"{c.train.rate:g}" + f", chains of {c.chains.steps}{grown}" * (not none)
-            )
-    elif what in PRESETS:
-        click.echo(as_yaml(asdict(compose(what))), nl=False)
-    elif os.path.isfile(what):
-        state = load_checkpoint(what)
-        large = "model optimiser average buffer generators good candidate greatest log".split()
-        click.echo(
-            as_yaml(
-                {k: v for k, v in state.items() if k not in large}
-                | {"tensors": sum(v.numel() for v in state["model"].values())}
-            ),
-            nl=False,
-        )
+        for name in presets:
+            train = compose(name).train
+            say(f"{name:22} {train.updates:6} updates of {train.batch} images, rate {train.rate:g}")
+    elif what in presets:
+        say(as_yaml(asdict(compose(what))).rstrip())
+    elif os.path.exists(what):
+        say(as_yaml(describe_checkpoint(load_checkpoint(what))).rstrip())
     else:
-        raise click.UsageError(f"{what!r} is neither a preset nor a file{_nearest(what, PRESETS)}")
+        near = nearest_word(what, presets)
+        raise click.UsageError(f"{what!r} is neither a preset nor a file{near}")
+
+
+def describe_checkpoint(state: Checkpoint) -> dict:
+    """Its plain values, and how many numbers its model has."""
+    plain = {key: state[key] for key in Evaluable.__annotations__ if key in state}
+    del plain["model"]
+    plain.pop("average", None)
+    if state.get("origin"):
+        plain["origin"] = state["origin"]
+    plain["numbers in the model"] = sum(tensor.numel() for tensor in state["model"].values())
+    return plain
 
 
 if __name__ == "__main__":
-    sys.stdout and sys.stdout.reconfigure(errors="backslashreplace")  # of names in other encodings
-    sys.excepthook = lambda kind, error, trace: (  # no traceback for want of memory or disk
-        click.echo(f"Error: {error!r:.150}", err=True)
-        if isinstance(error, OSError) or "memory" in repr(error).lower()
-        else sys.__excepthook__(kind, error, trace)
-    )
+    if sys.stdout:  # names in other encodings than the terminal's
+        sys.stdout.reconfigure(errors="backslashreplace")
     main()

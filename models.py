@@ -1,21 +1,31 @@
 """Every model of the supplement's Table 4, on the networks of its Tables 5 to 8.
 
-p(x) is proportional to exp(-E(x)): low energy is likely, chains descend E. Natural parameters `lam`
-and statistics `t` are tensors (..., S, D), S statistics for each of D latent dimensions: a
-posterior's parameters are `lam + t(x)`. Images x (B, C, H, W) in [-1, 1], latents z (B, D), labels
-y (B,), energies (B,), at least float32. A `loss` is a scalar and its parts for the log; `chain`
-says how its `chains` move, None that it has none."""
+Sign convention: p(x) is proportional to exp(-E(x)), so low energy is likely and chains descend E.
+
+Shapes: images x (B, C, H, W) in [-1, 1], latents z (B, D), labels y (B,), energies (B,). Natural
+parameters `lam` and statistics `t` of an exponential family are tensors (..., S, D): S statistics
+for each of D latent dimensions. The parameters of a posterior are `lam + t(x)`.
+
+Energies, posteriors and losses are float32 (or float64), whatever the autocast. A model's `loss`
+returns a scalar and the parts that the log shows. `MODELS`, at the end, names every model and says
+what it can do; a new model is a class here, a line there and a section in configs.yaml.
+"""
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise, product
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributions as td
 
-AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-CONVS = ((3, 1), (4, 2), (4, 2), (4, 2))  # (size, stride) of Tables 5 to 8, padding 1 throughout
+# Layers
+
+# (size, stride) of the convolutions of Tables 5 to 8, padding 1 throughout.
+CONVOLUTIONS = ((3, 1), (4, 2), (4, 2), (4, 2))
+
 # Upconvolutions (width, size, stride, padding) by the image's side; width None: its channels.
 # Table 7b as printed ends at 31x31x1: here its third kernel is 4x4, its last stride 1, C channels.
 DECODER = {
@@ -27,22 +37,28 @@ GENERATOR = {
     32: ((512, 4, 2, 1), (256, 4, 2, 1), (128, 4, 2, 1), (64, 4, 2, 1), (None, 4, 2, 1)),
 }
 
-
-def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Sequential:
-    """The upward half of Tables 7 and 8: (B, inputs, h, h) -> (B, C, H, W), raw."""
-    layers = []
-    for out, size, stride, padding in table[image_shape[1]]:
-        layers.append(nn.ConvTranspose2d(inputs, out or image_shape[0], size, stride, padding))
-        if out:
-            layers += [BatchNorm(out)] * normalise + [nn.ReLU()]
-        inputs = out
-    return nn.Sequential(*layers)
+# Whether this CPU multiplies matrices in tiles, where oneDNN's own gradients are the faster ones.
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def linears(*sizes: int, activation=nn.SiLU) -> nn.Sequential:
     """Fully connected layers with an activation between, none after the last."""
-    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), activation())]
+    layers = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), activation()]
     return nn.Sequential(*layers[:-1])
+
+
+def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Sequential:
+    """The upward half of Tables 7 and 8: (B, inputs, h, h) -> (B, C, H, W), raw."""
+    layers = []
+    for width, size, stride, padding in table[image_shape[1]]:
+        outputs = width or image_shape[0]
+        layers.append(nn.ConvTranspose2d(inputs, outputs, size, stride, padding))
+        if width:
+            layers += [BatchNorm(width)] * normalise + [nn.ReLU()]
+        inputs = outputs
+    return nn.Sequential(*layers)
 
 
 def in_float32(head: nn.Module, features: Tensor) -> Tensor:
@@ -57,7 +73,11 @@ def normal(mean: Tensor, std: Tensor) -> td.Independent:
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """`nn.BatchNorm2d` of (B, C, H, W) over rows of pixels: second derivatives are faster so."""
+    """`nn.BatchNorm2d` of (B, C, H, W), computed over rows of pixels.
+
+    Its second derivatives, which a gradient penalty needs, are faster so: an update of
+    `bigan-mnist-r1` takes 595 ms, with BatchNorm2d 1,035 (a core of a Xeon, medians of ten).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.permute(0, 2, 3, 1)
@@ -65,7 +85,12 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class PixelGradient(torch.autograd.Function):
-    """A 3x3 convolution whose gradient is by pixels alone: on a Zen 4 oneDNN's takes longer."""
+    """A 3x3 convolution that is differentiated by its pixels alone, as a chain needs it.
+
+    As a matrix product this gradient is faster than oneDNN's on a CPU without AMX: a step of
+    `cebm-fmnist` takes 51.9 ms for 57.8 in bfloat16 and 44.8 for 47.8 in float32 (two cores of a
+    Xeon kept to AVX-512, medians of twenty); with AMX it takes 20.0 for 18.5 in bfloat16.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -74,48 +99,74 @@ class PixelGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        (weight,), pixels = ctx.saved_tensors, gradient.permute(0, 2, 3, 1).flatten(1, 2)
-        patches = (pixels @ weight.flatten(1).to(gradient.dtype)).mT.to(weight.dtype)
+        (weight,) = ctx.saved_tensors
+        rows = gradient.permute(0, 2, 3, 1).flatten(1, 2)  # (B, H W, outputs)
+        patches = (rows @ weight.flatten(1).to(gradient.dtype)).mT.to(weight.dtype)
         return F.fold(patches, gradient.shape[2:], 3, padding=1), None, None
 
 
+def patch_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The first 3x3 convolution as a product with patches, for a compiled energy on a GPU.
+
+    (B, C, H, W) -> (B, outputs, H, W), channels last. Patches and product took 36 of the 192
+    microseconds of a step of `cebm-fmnist` on an H100. How long cuDNN's convolution of one channel
+    takes in their place was not kept: to be timed again.
+    """
+    height, width = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1))
+    shifts = [padded[:, :, i : i + height, j : j + width] for i, j in product(range(3), range(3))]
+    patches = torch.stack(shifts, -1).permute(0, 2, 3, 1, 4).flatten(3)  # (B, H, W, 9 C)
+    fill = (0, -weight[0].numel() % 16)  # tensor cores take multiples of 16
+    rows = F.linear(F.pad(patches, fill), F.pad(weight.flatten(1), fill), bias)
+    return rows.permute(0, 3, 1, 2)
+
+
 class Network(nn.Module):
-    """Convolutions of Tables 5 to 8, then fully connected `heads` side by side, in float32.
-    28x28 -> 28, 14, 7, 3 and 32x32 -> 32, 16, 8, 4 pixels a side. A head: its layers' widths."""
+    """Convolutions of Tables 5 to 8, then fully connected heads side by side, in float32.
+
+    `heads` are tuples of the widths of a head's layers. Sides of 28 pixels become 28, 14, 7, 3 and
+    sides of 32 become 32, 16, 8, 4.
+    """
 
     def __init__(self, config, image_shape, heads, activation, normalise=False):
         super().__init__()
-        layers, (previous, height, width) = [], image_shape
-        for out, (size, stride) in zip(config.channels, CONVS, strict=True):
-            layers.append(nn.Conv2d(previous, out, size, stride, padding=1))
-            layers += [BatchNorm(out)] * normalise + [activation()]
+        layers, (inputs, height, width) = [], image_shape
+        for outputs, (size, stride) in zip(config.channels, CONVOLUTIONS, strict=True):
+            layers.append(nn.Conv2d(inputs, outputs, size, stride, padding=1))
+            layers += [BatchNorm(outputs)] * normalise + [activation()]
             height, width = ((side + 2 - size) // stride + 1 for side in (height, width))
-            previous = out
+            inputs = outputs
         self.trunk = nn.Sequential(*layers, nn.Flatten())
-        sizes = [(previous * height * width, *head) for head in heads]
-        self.heads = nn.ModuleList(linears(*s, activation=activation) for s in sizes)
+        features = inputs * height * width
+        self.heads = nn.ModuleList(
+            linears(features, *head, activation=activation) for head in heads
+        )
 
-    def first(self, x: Tensor) -> Tensor:
-        """`trunk[0]`; compiled a product with 3x3 patches, after which a GPU has channels last."""
-        weight, bias, (h, w) = self.trunk[0].weight, self.trunk[0].bias, x.shape[2:]
-        if not torch.compiler.is_compiling():
-            chain = x.device.type == "cpu" and not (weight.requires_grad or AMX)
-            return PixelGradient.apply(x, weight, bias) if chain else self.trunk[0](x)
-        x, fill = F.pad(x, (1, 1, 1, 1)), (0, -weight[0].numel() % 16)
-        x = torch.stack([x[:, :, i : i + h, j : j + w] for i, j in product(range(3), range(3))], -1)
-        x = F.pad(x.permute(0, 2, 3, 1, 4).flatten(3), fill)  # (B, h, w, 9 C)
-        return F.linear(x, F.pad(weight.flatten(1), fill), bias).permute(0, 3, 1, 2)
+    def first_convolution(self, x: Tensor) -> Tensor:
+        """`trunk[0]` of (B, C, H, W), in the form that is fastest where it runs."""
+        convolution = self.trunk[0]
+        if torch.compiler.is_compiling():
+            return patch_convolution(x, convolution.weight, convolution.bias)
+        frozen = not convolution.weight.requires_grad  # while a chain runs
+        if frozen and x.device.type == "cpu" and not AMX:
+            return PixelGradient.apply(x, convolution.weight, convolution.bias)
+        return convolution(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, outputs)."""
-        features = self.trunk[1:](self.first(x))
+        """(B, C, H, W) -> (B, outputs of all heads)."""
+        features = self.trunk[1:](self.first_convolution(x))
         return torch.cat([in_float32(head, features) for head in self.heads], dim=1)
+
+
+# Conjugate families and priors
 
 
 class Gaussian:
     """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
-    Mean -lam_1 / (2 lam_2), variance -1 / (2 lam_2). Shapes (..., D) of z, (..., 2, D) of eta, lam.
-    A is short of log(2 pi) / 2 a dimension, which cancels in every difference."""
+
+    The mean is -lam_1 / (2 lam_2), the variance -1 / (2 lam_2). z is (..., D); eta and lam are
+    (..., 2, D). A leaves out log(2 pi) / 2 a dimension, which cancels in every difference.
+    """
 
     @staticmethod
     def eta(z: Tensor) -> Tensor:
@@ -133,7 +184,7 @@ class Gaussian:
 
 
 class Bernoulli:
-    """eta(z) = z, A(lam) = sum_d softplus(lam), S = 1; E_lam(z) = -<lam, z> as in Eq. 29 and 33."""
+    """eta(z) = z, A(lam) = sum_d softplus(lam); z is (..., D), eta and lam are (..., 1, D)."""
 
     @staticmethod
     def eta(z: Tensor) -> Tensor:
@@ -148,42 +199,40 @@ class Bernoulli:
         return td.Independent(td.Bernoulli(logits=lam[..., 0, :], validate_args=False), 1)
 
 
-class Prior(nn.Module):
-    """p_lam(z), a mixture of K members of a family, and its posteriors given statistics t(x).
-    K = 1: E_lam(z) = -<lam, eta(z)> + A(lam) of N(0, I), or of a learned Bernoulli. K > 1 Gaussians
-    are learned; y is uniform over them and summed out."""
+class ConjugatePrior(nn.Module):
+    """p_lam(z), a mixture of K members of a `family`, and what follows from statistics t(x).
 
-    def __init__(self, config, family=Gaussian):
-        super().__init__()
-        self.family, size = family, (config.components, config.latent)
-        if family is Bernoulli:
-            self.theta_z = nn.Parameter(torch.zeros(1, 1, config.latent))
-        elif config.components == 1:
-            self.register_buffer("location", torch.zeros(size))
-            self.register_buffer("log_std", torch.zeros(size))
-        else:
-            self.location = nn.Parameter(config.prior_mean_std * torch.randn(size))
-            self.log_std = nn.Parameter(torch.empty(size).uniform_(*sorted(config.prior_std)).log())
+    A subclass has the natural parameters `lam` (K, S, D) and E_lam(z).
+    """
+
+    family: type
 
     def lam(self) -> Tensor:
         """Natural parameters (K, S, D)."""
-        if self.family is Bernoulli:
-            return self.theta_z
-        precision = torch.exp(-2 * self.log_std)
-        return torch.stack([self.location * precision, -0.5 * precision], dim=1)
+        raise NotImplementedError
 
     def energy(self, z: Tensor) -> Tensor:
-        """E_lam(z), -log p_lam(z) of Gaussians: (B, D) -> (B,)."""
-        if self.family is Bernoulli:
-            return -(self.theta_z * Bernoulli.eta(z)).sum((-1, -2))
-        members = self.family.member(self.lam())  # batch (K,)
-        return math.log(len(self.location)) - members.log_prob(z[:, None]).logsumexp(1)
+        """E_lam(z): (B, D) -> (B,)."""
+        raise NotImplementedError
+
+    def log_normaliser(self, lam: Tensor) -> Tensor | float:
+        """The A(lam) that E_lam(z) contains, of natural parameters `lam`: (K,), or 0."""
+        raise NotImplementedError
+
+    def joint_energy(self, t: Tensor, z: Tensor) -> Tensor:
+        """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): (B, S, D), (B, D) -> (B,)."""
+        return self.energy(z) - (t * self.family.eta(z)).sum((-1, -2))
 
     def log_joint(self, t: Tensor) -> Tensor:
         """log p(x, y = k) + const: log pi_k + A(lam_k + t) - A(lam_k), (B, S, D) -> (B, K)."""
         lam = self.lam()
-        constant = self.family.log_partition(lam) if self.family is Gaussian else 0.0
-        return self.family.log_partition(lam + t[:, None]) - constant - math.log(len(lam))
+        shifted = self.family.log_partition(lam + t[:, None])
+        return shifted - self.log_normaliser(lam) - math.log(len(lam))
+
+    def marginal_energy(self, t: Tensor) -> Tensor:
+        """E(x) = -log sum_k p(x, y = k), exact: (B, S, D) -> (B,)."""
+        log_joint = self.log_joint(t)
+        return -(log_joint[:, 0] if log_joint.shape[1] == 1 else log_joint.logsumexp(1))
 
     def posterior(self, t: Tensor) -> td.Distribution:
         """The member, or mixture of members, of parameters lam_k + t: batch (B,), event (D,)."""
@@ -195,34 +244,151 @@ class Prior(nn.Module):
 
     def mean(self, t: Tensor, likeliest: bool) -> Tensor:
         """The posterior's mean, or that of its likeliest component: (B, S, D) -> (B, D)."""
-        joint = self.log_joint(t)  # (B, K)
-        share = F.one_hot(joint.argmax(1), joint.shape[1]) if likeliest else joint.softmax(1)
+        log_joint = self.log_joint(t)  # (B, K)
+        if likeliest:
+            share = F.one_hot(log_joint.argmax(1), log_joint.shape[1])
+        else:
+            share = log_joint.softmax(1)
         return (share[..., None] * self.family.member(self.lam() + t[:, None]).mean).sum(1)
 
+
+class GaussianPrior(ConjugatePrior):
+    """K = 1: N(0, I). K > 1: Gaussians with learned means and deviations, y uniform over them.
+
+    E_lam(z) = -log p_lam(z), with y summed out.
+    """
+
+    family = Gaussian
+
+    def __init__(self, config):
+        super().__init__()
+        size = (config.components, config.latent)
+        if config.components == 1:
+            self.register_buffer("location", torch.zeros(size))
+            self.register_buffer("log_std", torch.zeros(size))
+        else:
+            self.location = nn.Parameter(config.prior_mean_std * torch.randn(size))
+            self.log_std = nn.Parameter(torch.empty(size).uniform_(*sorted(config.prior_std)).log())
+
+    def lam(self) -> Tensor:
+        precision = torch.exp(-2 * self.log_std)
+        return torch.stack([self.location * precision, -0.5 * precision], dim=1)
+
+    def energy(self, z: Tensor) -> Tensor:
+        members = Gaussian.member(self.lam())  # batch (K,)
+        return math.log(len(self.location)) - members.log_prob(z[:, None]).logsumexp(1)
+
+    def log_normaliser(self, lam: Tensor) -> Tensor:
+        return Gaussian.log_partition(lam)
+
     def sample(self, count: int) -> Tensor:
-        """z ~ p_lam of Gaussians (count, D), differentiable in locations and deviations."""
+        """z ~ p_lam (count, D), differentiable in means and deviations."""
         y = torch.randint(len(self.location), (count,), device=self.location.device)
         return normal(self.location[y], self.log_std[y].exp()).rsample()
 
 
-class LinearStatistics(nn.Module):
-    """Eq. 33: t(x) = [t_x(x)^T theta_xz, <theta_x, t_x(x)>].
-    Bernoulli x: t_x = v = (x + 1) / 2, grey pixels as chances. Gaussian x: t_x = (x, x^2), where
-    theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed for the square."""
+class BernoulliPrior(ConjugatePrior):
+    """A learned Bernoulli. E_lam(z) = -<lam, z> without A(lam), as Eq. 29 and 33 have it."""
 
-    def __init__(self, config, image_shape):
+    family = Bernoulli
+
+    def __init__(self, config):
         super().__init__()
-        self.image_shape, self.binary = image_shape, config.name == "rbm"
-        self.variance, dim = config.visible_std**2, math.prod(image_shape)
-        self.theta_xz = nn.Parameter(0.01 * torch.randn(dim, config.latent))
-        self.theta_x = nn.Parameter(torch.zeros(dim))
+        self.theta_z = nn.Parameter(torch.zeros(1, 1, config.latent))
+
+    def lam(self) -> Tensor:
+        return self.theta_z
+
+    def energy(self, z: Tensor) -> Tensor:
+        return -(self.theta_z * Bernoulli.eta(z)).sum((-1, -2))
+
+    def log_normaliser(self, lam: Tensor) -> float:
+        return 0.0
+
+
+# Energy-based models
+
+
+def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Persistent contrastive divergence of energies (B,), with L2 on them (supplement C)."""
+    magnitude = (data * data).mean()
+    if config.l2_on == "both":
+        magnitude = magnitude + (chains * chains).mean()
+    gap = data.mean() - chains.mean()
+    metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
+    return gap + config.l2 * magnitude, metrics
+
+
+class Conjugate(nn.Module):
+    """CEBM and GMM-CEBM: E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17), eta(z) = (z, z^2).
+
+    `model.head`: one hidden layer for both statistics ("shared", Table 5) or one each
+    ("separate").
+    """
+
+    def __init__(self, config, image_shape, num_classes: int):
+        super().__init__()
+        self.config = config
+        outputs = [2 * config.latent] if config.head == "shared" else [config.latent] * 2
+        heads = [(config.hidden, size) for size in outputs]
+        self.network = Network(config, image_shape, heads, nn.SiLU)
+        self.prior = GaussianPrior(config)
+
+    def t(self, x: Tensor) -> Tensor:
+        """Statistics of images: (B, C, H, W) -> (B, 2, D).
+
+        t_2 <= 0, so that posteriors exist: -h^2 or -softplus(h) of the network's raw output h.
+        """
+        t1, h = self.network(x).chunk(2, dim=1)
+        t2 = -h * h if self.config.t2 == "square" else -F.softplus(h)
+        return torch.stack([t1, t2], 1)
+
+    def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
+        """E(x, z): (B, C, H, W), (B, D) -> (B,), B broadcast; its x-gradient is Eq. 41's."""
+        return self.prior.joint_energy(self.t(x), z)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """E(x) = -log sum_k pi_k exp(A(lam_k + t(x)) - A(lam_k)): (B, C, H, W) -> (B,)."""
+        return self.prior.marginal_energy(self.t(x))
+
+    def posterior(self, x: Tensor) -> td.Distribution:
+        """p(z | x), of natural parameters lam + t(x): batch (B,), event (D,)."""
+        return self.prior.posterior(self.t(x))
+
+    def represent(self, x: Tensor) -> Tensor:
+        """The posterior's mean, or that of its likeliest component: (B, C, H, W) -> (B, D)."""
+        return self.prior.mean(self.t(x), self.config.represent == "component")
+
+    def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Persistent contrastive divergence of as many chains as images: scalar, metrics."""
+        data, model = self.energy(torch.cat([x, chains])).split(len(x))
+        return contrastive(data, model, self.config)
+
+
+class LinearStatistics(nn.Module):
+    """Eq. 33: t(x) = t_x(x)^T theta_xz and the term of x alone, <theta_x, t_x(x)>.
+
+    Bernoulli x: t_x = v = (x + 1) / 2, grey pixels as chances. Gaussian x: t_x = (x, x^2), where
+    for the square theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed.
+    """
+
+    def __init__(self, config, image_shape, binary: bool):
+        super().__init__()
+        self.image_shape, self.binary = image_shape, binary
+        self.variance = config.visible_std**2
+        pixels = math.prod(image_shape)
+        self.theta_xz = nn.Parameter(0.01 * torch.randn(pixels, config.latent))
+        self.theta_x = nn.Parameter(torch.zeros(pixels))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> t (B, 1, D) and the term of x alone (B,)."""
         with torch.autocast(x.device.type, enabled=False):
-            x = (x.flatten(1) + 1) / 2 if self.binary else x.flatten(1)
-            square = 0.0 if self.binary else (x * x).sum(1) / (2 * self.variance)
-            return (x @ self.theta_xz)[:, None], x @ self.theta_x - square
+            if self.binary:
+                v = (x.flatten(1) + 1) / 2
+                return (v @ self.theta_xz)[:, None], v @ self.theta_x
+            v = x.flatten(1)
+            square = (v * v).sum(1) / (2 * self.variance)
+            return (v @ self.theta_xz)[:, None], v @ self.theta_x - square
 
     def sample(self, z: Tensor, generator=None) -> Tensor:
         """x ~ p(x | z) of Eq. 31: (B, D) -> (B, C, H, W)."""
@@ -234,78 +400,66 @@ class LinearStatistics(nn.Module):
         return x.view(-1, *self.image_shape)
 
 
-def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Persistent contrastive divergence of energies (B,), L2 on them (supplement C)."""
-    magnitude = (data * data).mean() + ((chains * chains).mean() if config.l2_on == "both" else 0)
-    gap = data.mean() - chains.mean()
-    metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
-    return gap + config.l2 * magnitude, metrics
+class Harmonium(nn.Module):
+    """EFH (Eq. 29 to 33): Gaussian x, Bernoulli z, both conditionals tractable.
 
+    A conjugate EBM with linear statistics: E(x, z) = -<t(x), z> - <theta_x, t_x(x)> + E_lam(z).
+    """
 
-class Conjugate(nn.Module):
-    """E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17): CEBM, GMM-CEBM; with linear t, RBM, EFH.
-    `head`: one hidden layer for both statistics ("shared", Table 5) or one each ("separate")."""
+    binary = False
 
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
-        self.config, self.chain, family = config, "langevin", Gaussian
-        if config.name in ("rbm", "efh"):
-            self.chain, family = "gibbs", Bernoulli
-            self.network = LinearStatistics(config, image_shape)
-        else:
-            outputs = [2 * config.latent] if config.head == "shared" else [config.latent] * 2
-            heads = [(config.hidden, out) for out in outputs]
-            self.network = Network(config, image_shape, heads, nn.SiLU)
-        self.prior = Prior(config, family)
-
-    def t(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Statistics (B, C, H, W) -> (B, S, D), and a term of x alone (B,) (Eq. 33) or 0. t_2 <= 0,
-        so that posteriors exist: -h^2 or -softplus(h) of the network's raw output h."""
-        if self.chain == "gibbs":
-            return self.network(x)
-        t1, h = self.network(x).chunk(2, dim=1)
-        return torch.stack([t1, -h * h if self.config.t2 == "square" else -F.softplus(h)], 1), 0.0
+        self.config = config
+        self.network = LinearStatistics(config, image_shape, self.binary)
+        self.prior = BernoulliPrior(config)
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
-        """E(x, z): (B, C, H, W), (B, D) -> (B,), B broadcast; its x-gradient is Eq. 41's."""
-        t, alone = self.t(x)
-        return self.prior.energy(z) - (t * self.prior.family.eta(z)).sum((-1, -2)) - alone
+        """E(x, z): (B, C, H, W), (B, D) -> (B,), B broadcast."""
+        t, term_of_x = self.network(x)
+        return self.prior.joint_energy(t, z) - term_of_x
 
     def energy(self, x: Tensor) -> Tensor:
-        """E(x) = -log sum_k pi_k exp(A(lam_k + t(x)) - A(lam_k)), exact: (B, C, H, W) -> (B,)."""
-        t, alone = self.t(x)
-        return -(a.logsumexp(1) if (a := self.prior.log_joint(t)).shape[1] > 1 else a[:, 0]) - alone
+        """E(x) = -A(theta_z + t(x)) - <theta_x, t_x(x)>: (B, C, H, W) -> (B,)."""
+        t, term_of_x = self.network(x)
+        return self.prior.marginal_energy(t) - term_of_x
 
     def posterior(self, x: Tensor) -> td.Distribution:
-        """p(z | x), of natural parameters lam + t(x): batch (B,), event (D,)."""
-        return self.prior.posterior(self.t(x)[0])
+        """p(z | x) (Eq. 32): batch (B,), event (D,)."""
+        t, _ = self.network(x)
+        return self.prior.posterior(t)
 
     def represent(self, x: Tensor) -> Tensor:
-        """The posterior mean, or that of its likeliest component: (B, C, H, W) -> (B, D)."""
-        return self.prior.mean(self.t(x)[0], self.config.represent == "component")
+        """The chances of z: (B, C, H, W) -> (B, D)."""
+        return self.posterior(x).mean
 
     @torch.no_grad()
-    def gibbs(self, sweeps: int, generator, x: Tensor) -> Tensor:
-        """`sweeps` times z ~ p(z | x) (Eq. 32), then x ~ p(x | z) (Eq. 31); linear t alone."""
-        for _ in range(sweeps):
-            z = torch.bernoulli(self.represent(x), generator=generator)
-            x = self.network.sample(z, generator)
-        return x
+    def gibbs_sweep(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """z ~ p(z | x) (Eq. 32), then x ~ p(x | z) (Eq. 31): (B, C, H, W) -> the same."""
+        z = torch.bernoulli(self.represent(x), generator=generator)
+        return self.network.sample(z, generator)
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Persistent contrastive divergence of as many chains as images: scalar, metrics."""
-        return contrastive(*self.energy(torch.cat([x, chains])).split(len(x)), self.config)
+        data, model = self.energy(torch.cat([x, chains])).split(len(x))
+        return contrastive(data, model, self.config)
 
 
-class EnergyNetwork(nn.Module):
-    """E(x, y) = -f(x)[y], E(x) = -logsumexp_y f(x)[y] (Tables 4, 6): JEM, HDGE; IGEBM as -f."""
+class RBM(Harmonium):
+    """Binary x (pixels of -1 and 1; grey ones as chances) and binary z."""
 
-    def __init__(self, config, image_shape, num_classes: int):
+    binary = True
+
+
+class IGEBM(nn.Module):
+    """E(x) = -f(x), a network with one output (Table 6)."""
+
+    def __init__(self, config, image_shape, num_classes: int, outputs: int = 1):
         super().__init__()
-        self.config, self.chain = config, None if config.name == "hdge" else "langevin"
+        self.config = config
         network = Network(config, image_shape, [(config.hidden, config.latent)], nn.SiLU)
         self.features = nn.Sequential(network, nn.SiLU())
-        self.head = nn.Linear(config.latent, 1 if config.name == "igebm" else num_classes)
+        self.head = nn.Linear(config.latent, outputs)
 
     def represent(self, x: Tensor) -> Tensor:
         """The last hidden layer of Table 6 before its Swish, as in the authors' code: -> (B, D)."""
@@ -316,32 +470,62 @@ class EnergyNetwork(nn.Module):
         return in_float32(self.head, self.features(x))
 
     def energy(self, x: Tensor) -> Tensor:
-        """E(x): (B, C, H, W) -> (B,)."""
+        """E(x) = -logsumexp_y f(x)[y], of one output -f(x): (B, C, H, W) -> (B,)."""
         return -self.f(x).logsumexp(1)
 
-    def loss(self, x: Tensor, y: Tensor, chains: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Contrastive divergence on E(x); of classifiers + the cross-entropy of p(y | x). HDGE,
-        without chains: -log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]), j over the batch."""
-        logits = self.f(x if chains is None else torch.cat([x, chains]))
-        if chains is None:
-            loss = F.cross_entropy(logits.T[y], torch.arange(len(y), device=y.device))
-            metrics = {"contrast": loss}
-        else:
-            loss, metrics = contrastive(*(-logits.logsumexp(1)).split(len(x)), self.config)
-        if self.config.name == "igebm":
-            return loss, metrics
-        metrics["accuracy"] = ((own := logits[: len(x)]).argmax(1) == y).float().mean()
-        return F.cross_entropy(own, y) + loss, metrics
+    def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Persistent contrastive divergence of as many chains as images: scalar, metrics."""
+        data, model = self.energy(torch.cat([x, chains])).split(len(x))
+        return contrastive(data, model, self.config)
+
+
+class JEM(IGEBM):
+    """E(x, y) = -f(x)[y], E(x) = -logsumexp_y f(x)[y] (Tables 4, 6), an output a class."""
+
+    def __init__(self, config, image_shape, num_classes: int):
+        super().__init__(config, image_shape, num_classes, outputs=num_classes)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """The likeliest class: (B, C, H, W) -> (B,)."""
+        return self.f(x).argmax(1)
+
+    def classification(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of p(y | x) = softmax f(x), and accuracy: scalars."""
+        accuracy = (logits.argmax(1) == y).float().mean()
+        return F.cross_entropy(logits, y), accuracy
+
+    def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of p(y | x) + persistent contrastive divergence on E(x)."""
+        logits = self.f(torch.cat([x, chains]))
+        data, model = (-logits.logsumexp(1)).split(len(x))
+        generative, metrics = contrastive(data, model, self.config)
+        cross_entropy, metrics["accuracy"] = self.classification(logits[: len(x)], y)
+        return cross_entropy + generative, metrics
+
+
+class HDGE(JEM):
+    """The energy of JEM, trained by contrast within the batch in place of chains."""
+
+    def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy - log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]), j over the batch."""
+        logits = self.f(x)
+        contrast = F.cross_entropy(logits.T[y], torch.arange(len(y), device=y.device))
+        cross_entropy, accuracy = self.classification(logits, y)
+        return cross_entropy + contrast, {"contrast": contrast, "accuracy": accuracy}
+
+
+# Models with a decoder
 
 
 class VAE(nn.Module):
-    """E(x, z) = -log p(x | z) - log p(z) (Table 4), networks of Table 7, pixels in [0, 1] there."""
+    """VAE and GMM-VAE: E(x, z) = -log p(x | z) - log p(z) (Table 4), networks of Table 7.
 
-    chain = None
+    The likelihood is of pixels in [0, 1].
+    """
 
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
-        self.config, self.prior, self.standardise = config, Prior(config), nn.Identity()
+        self.config, self.prior = config, GaussianPrior(config)
         self.encoder = Network(config, image_shape, [(config.hidden, 2 * config.latent)], nn.ReLU)
         side, width = image_shape[1] // 8, config.channels[-1]
         self.decoder = nn.Sequential(
@@ -354,7 +538,7 @@ class VAE(nn.Module):
     def posterior(self, x: Tensor) -> td.Independent:
         """q(z | x), the encoder's diagonal Gaussian: batch (B,), event (D,)."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
-        return normal(self.standardise(mean), (0.5 * log_variance).exp())
+        return normal(mean, (0.5 * log_variance).exp())
 
     def represent(self, x: Tensor) -> Tensor:
         """The mean of q(z | x): (B, C, H, W) -> (B, D)."""
@@ -376,13 +560,16 @@ class VAE(nn.Module):
             return td.kl_divergence(q, normal(torch.zeros_like(z), torch.ones_like(z)))
         return q.log_prob(z) + self.prior.energy(z)
 
-    def _bound(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = (q := self.posterior(x)).rsample()
+    def negative_elbo(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Divergence and distortion -log p(x | z) by one sample of z: (B,), (B,)."""
+        q = self.posterior(x)
+        z = q.rsample()
         return self.divergence(q, z), -self.log_likelihood(x, z)
 
     def energy(self, x: Tensor) -> Tensor:
         """-ELBO(x) by one sample of z, in expectation at least E(x): (B, C, H, W) -> (B,)."""
-        return sum(self._bound(x))
+        divergence, distortion = self.negative_elbo(x)
+        return divergence + distortion
 
     def decode(self, z: Tensor) -> Tensor:
         """sigmoid of the likelihood's parameters, in [-1, 1]: (B, D) -> (B, C, H, W)."""
@@ -394,7 +581,7 @@ class VAE(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """-ELBO, the batch's mean."""
-        divergence, distortion = (part.mean() for part in self._bound(x))
+        divergence, distortion = (part.mean() for part in self.negative_elbo(x))
         return distortion + divergence, {"distortion": distortion, "divergence": divergence}
 
 
@@ -417,20 +604,59 @@ class Discriminator(nn.Module):
         return in_float32(self.head, self.hidden[1](self.represent(x, *z)))[:, 0]
 
 
-class GAN(nn.Module):
-    """Generator and discriminator of Table 8; E(z) = -log p(z) - logit D(G(z)) (Table 4)."""
+class Game(nn.Module):
+    """A generator of images from z against a discriminator, both of Table 8."""
 
-    chain, generate = None, VAE.generate
+    pairs = False  # whether the discriminator sees z beside x
 
-    def __init__(self, config, image_shape, num_classes: int, pairs: bool = False):
+    def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
-        self.config, self.prior = config, Prior(config)
-        self.discriminator = Discriminator(config, image_shape, config.latent * pairs)
+        self.config, self.prior = config, GaussianPrior(config)
+        self.discriminator = Discriminator(config, image_shape, config.latent * self.pairs)
         self.generator = nn.Sequential(
             nn.Unflatten(1, (config.latent, 1, 1)),
             upconvolutions(image_shape, config.latent, GENERATOR, normalise=True),
             nn.Tanh(),
         )
+
+    def decode(self, z: Tensor) -> Tensor:
+        """G(z): (B, D) -> (B, C, H, W)."""
+        return self.generator(z).float()
+
+    def generate(self, count: int) -> Tensor:
+        """G(z) of z from the prior: (count, C, H, W)."""
+        return self.decode(self.prior.sample(count))
+
+    def play(self, real: tuple, generated: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both players' losses, summed; each has gradients for its own parameters alone.
+
+        `real` is (x,) or (x, E(x)), `generated` is (G(z),) or (G(z), z).
+        """
+        weight = self.config.gradient_penalty
+        # The discriminator learns from copies, through which no gradient reaches the generator.
+        (x, *z), copies = (
+            [value.detach().requires_grad_(True) for value in side] for side in (real, generated)
+        )
+        on_real = self.discriminator(x.requires_grad_(weight > 0), *z)
+        on_generated = self.discriminator(*copies)
+        judging = F.softplus(-on_real).mean() + F.softplus(on_generated).mean()
+        making = F.softplus(-on_generated).mean()
+        making = making + (F.softplus(on_real).mean() if z else 0.0)
+        # The generator (and encoder) learn from the slopes of `making` in those copies.
+        slopes = torch.autograd.grad(making, (*z, *copies), retain_graph=True)
+        values = (*real[1:], *generated)
+        pull = sum((value * slope).sum() for value, slope in zip(values, slopes, strict=True))
+        accuracy = ((on_real > 0).float().mean() + (on_generated < 0).float().mean()) / 2
+        if weight:  # on D's slope in real images: R1 of Mescheder et al. (2018)
+            (slope,) = torch.autograd.grad(on_real.sum(), x, create_graph=True)
+            judging = judging + weight / 2 * slope.square().sum() / len(slope)
+        making = making.detach() + pull - pull.detach()  # its value, with the gradients of `pull`
+        metrics = {"discriminator": judging, "generator": making, "accuracy": accuracy}
+        return judging + making, metrics
+
+
+class GAN(Game):
+    """Energy-based on its latents: E(z) = -log p(z) - logit D(G(z)) (Table 4)."""
 
     def represent(self, x: Tensor) -> Tensor:
         """That of the discriminator, as in the authors' code: (B, C, H, W) -> (B, 128)."""
@@ -440,41 +666,36 @@ class GAN(nn.Module):
         """E(z) = -log p(z) - logit D(G(z)): (B, D) -> (B,)."""
         return self.prior.energy(z) - self.discriminator(self.decode(z))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """G(z): (B, D) -> (B, C, H, W)."""
-        return self.generator(z).float()
-
-    def play(self, real: tuple, fake: tuple) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both players' losses, summed; each has gradients for its own parameters alone."""
-        judge, weight = self.discriminator, self.config.gradient_penalty
-        (x, *z), made = ([v.detach().requires_grad_(True) for v in side] for side in (real, fake))
-        on_real, on_fake = judge(x.requires_grad_(weight > 0), *z), judge(*made)
-        judging = F.softplus(-on_real).mean() + F.softplus(on_fake).mean()
-        making = F.softplus(-on_fake).mean() + (F.softplus(on_real).mean() if z else 0.0)
-        slopes = torch.autograd.grad(making, (*z, *made), retain_graph=True)  # not D's own
-        pull = sum((v * s).sum() for v, s in zip((*real[1:], *fake), slopes, strict=True))
-        right = ((on_real > 0).float().mean() + (on_fake < 0).float().mean()) / 2
-        if weight:  # on D's slope in real images: R1 of Mescheder et al. (2018)
-            (slope,) = torch.autograd.grad(on_real.sum(), x, create_graph=True)
-            judging = judging + weight / 2 * slope.square().sum() / len(slope)
-        making = making.detach() + pull - pull.detach()  # its value, with the gradients of `pull`
-        return judging + making, {"discriminator": judging, "generator": making, "accuracy": right}
-
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """The non-saturating game of G and D."""
         return self.play((x,), (self.generate(len(x)),))
 
 
-class BiGAN(GAN):
-    """BiGAN, GMM-BiGAN: D tells x, E(x) from G(z), z (Table 8), E's means standardised or not."""
+class BiGAN(Game):
+    """BiGAN and GMM-BiGAN: D tells pairs x, E(x) from pairs G(z), z (Table 8).
 
-    posterior, represent = VAE.posterior, VAE.represent
+    The encoder's means are standardised over a batch if `model.standardise`.
+    """
+
+    pairs = True
 
     def __init__(self, config, image_shape, num_classes: int):
-        super().__init__(config, image_shape, num_classes, pairs=True)
-        head, norm = (config.hidden, 2 * config.latent), nn.BatchNorm1d(config.latent, affine=False)
+        super().__init__(config, image_shape, num_classes)
+        head = (config.hidden, 2 * config.latent)
         self.encoder = Network(config, image_shape, [head], nn.LeakyReLU, normalise=True)
-        self.standardise = norm if config.standardise else nn.Identity()
+        if config.standardise:
+            self.standardise = nn.BatchNorm1d(config.latent, affine=False)
+        else:
+            self.standardise = nn.Identity()
+
+    def posterior(self, x: Tensor) -> td.Independent:
+        """q(z | x), the encoder's diagonal Gaussian: batch (B,), event (D,)."""
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        return normal(self.standardise(mean), (0.5 * log_variance).exp())
+
+    def represent(self, x: Tensor) -> Tensor:
+        """The mean of q(z | x): (B, C, H, W) -> (B, D)."""
+        return self.posterior(x).mean
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
         """The non-saturating game of G and E against D."""
@@ -482,14 +703,58 @@ class BiGAN(GAN):
         return self.play((x, self.posterior(x).rsample()), (self.decode(z), z))
 
 
+# The registry
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """A model's class and what it can do.
+
+    A class has `energy` if `density`, `posterior` and `joint_energy` or `decode` if `posterior`,
+    `decode` and `generate` if `decoder`, `latent_energy` if `latent_energy` and `classify` if
+    `labels`.
+    """
+
+    build: type[nn.Module]
+    chains: Literal["langevin", "gibbs"] | None  # how chains move in training: a key of SAMPLERS
+    density: bool  # E(x), or a bound on it
+    posterior: bool  # p(z | x), or an encoder's q(z | x)
+    decoder: bool = False  # draws images from z, without chains
+    latent_energy: bool = False  # E(z), by which latents can be refined before they are decoded
+    labels: bool = False  # learns from them
+    sides: tuple[int, ...] | None = None  # of the square images it is for; None: any from 8 on
+
+
+DECODED_SIDES = tuple(DECODER)
+CONJUGATE = ModelKind(Conjugate, "langevin", density=True, posterior=True)
+AUTOENCODER = ModelKind(VAE, None, density=True, posterior=True, decoder=True, sides=DECODED_SIDES)
+ENCODED_GAME = ModelKind(
+    BiGAN, None, density=False, posterior=True, decoder=True, sides=DECODED_SIDES
+)
+MODELS = {
+    "cebm": CONJUGATE,
+    "gmm-cebm": CONJUGATE,
+    "igebm": ModelKind(IGEBM, "langevin", density=True, posterior=False),
+    "vae": AUTOENCODER,
+    "gmm-vae": AUTOENCODER,
+    "bigan": ENCODED_GAME,
+    "gmm-bigan": ENCODED_GAME,
+    "gan": ModelKind(
+        GAN,
+        None,
+        density=False,
+        posterior=False,
+        decoder=True,
+        latent_energy=True,
+        sides=DECODED_SIDES,
+    ),
+    "jem": ModelKind(JEM, "langevin", density=True, posterior=False, labels=True),
+    "hdge": ModelKind(HDGE, None, density=True, posterior=False, labels=True),
+    "rbm": ModelKind(RBM, "gibbs", density=True, posterior=True),
+    "efh": ModelKind(Harmonium, "gibbs", density=True, posterior=True),
+}
+
+
 def build(config, image_shape, num_classes: int) -> nn.Module:
     """The model that `config` (the `model` section) names, for images of shape (C, H, W)."""
-    kinds = {
-        Conjugate: "cebm gmm-cebm rbm efh",
-        EnergyNetwork: "igebm jem hdge",
-        VAE: "vae gmm-vae",
-        GAN: "gan",
-        BiGAN: "bigan gmm-bigan",
-    }
-    kind = next(kind for kind, names in kinds.items() if config.name in names.split())
-    return kind(config, image_shape, num_classes)
+    return MODELS[config.name].build(config, image_shape, num_classes)
