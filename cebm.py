@@ -682,8 +682,7 @@ def load_checkpoint(path) -> Checkpoint:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
     try:
         require_regular(Path(path))
-        if damaged := zipfile.ZipFile(path).testzip():  # torch itself checks no sums
-            raise ValueError(f"{damaged} is damaged")
+        require_sound_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             raise Failure(f"it is of format {state['format']}")
@@ -693,6 +692,23 @@ def load_checkpoint(path) -> Checkpoint:
         reason = getattr(error, "message", None) or getattr(error, "strerror", None)
         reason = reason or (str(error) if type(error) is ValueError else type(error).__name__)
     raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}): take another copy")
+
+
+def require_sound_archive(path) -> None:
+    """ValueError unless all entries have their sums, which torch itself does not check.
+
+    torch stores entries as they are, reads by another size than the sum is of, and reads nothing
+    of one that is marked as a folder.
+    """
+    folder = 0x10  # of MS-DOS
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            stored = entry.compress_type == zipfile.ZIP_STORED
+            sized = entry.file_size == entry.compress_size
+            if not (stored and sized) or entry.external_attr & folder:
+                raise ValueError(f"{entry.filename} is not as torch writes it")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
 
 
 def check_checkpoint(state: dict) -> None:
@@ -892,9 +908,9 @@ class Trainer:
 
     def record_learning(self) -> None:
         """On a GPU `learn` is recorded anew, since the optimiser's tensors are others."""
-        self.learner = self.learn_from
+        self.recorded = None
         if self.cuda and self.processes.count == 1:
-            self.learner = sampling.GraphedFunction([self.learn_from], self.generator)
+            self.recorded = sampling.GraphedFunction([self.learn_from], self.generator)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """Begins an update: images with noise (B, C, H, W), float32, and labels (B,)."""
@@ -939,7 +955,9 @@ class Trainer:
         """Moves the weights and their average: metrics, 0-d tensors that stay on the device."""
         rate = learning_rate(self.update, self.config.train, self.halvings)
         inputs = [torch.full((), rate, device=self.device) if self.cuda else rate, x, y]
-        return self.learner(*inputs) if chains is None else self.learner(*inputs, chains)
+        if chains is not None:
+            inputs.append(chains)
+        return self.recorded(*inputs) if self.recorded else self.learn_from(*inputs)
 
     def learn_from(self, rate, x, y, chains=None) -> dict[str, Tensor]:
         """`learn` at a rate that is a tensor on a GPU, so that the call can be recorded."""
