@@ -267,7 +267,8 @@ def grid_figure(images: Tensor, columns: int | None = None, caption: str = "") -
     strip = 44 if caption else 0  # pixels below for two lines of text
     figure = Figure((width / 100, (height + strip) / 100), dpi=100)
     axes = figure.add_axes((0, strip / (height + strip), 1, height / (height + strip)))
-    axes.imshow(sheet, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+    colours = sheet if sheet.ndim == 3 else np.stack([sheet] * 3, axis=2)  # exact, unlike a map
+    axes.imshow(colours, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
     if caption:
         size = min(10, 1.55 * width / len(caption) * 2)

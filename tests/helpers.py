@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import cebm
 import data
@@ -118,3 +120,37 @@ def poison_once(monkeypatch, call, where="loss", stop=None):
         return (loss + poison if len(calls) == call else loss), metrics
 
     monkeypatch.setattr(models.Conjugate, "loss", loss)
+
+
+STILL = "step_size=0", "chains.noise_std=0"  # chains that stay where they are
+
+
+RESTARTED = (
+    *STILL,
+    "reuse=0",
+    "data_restarts=1",
+    "restart_std=0",
+    "data.noise_std=0",
+    "batch=20",
+    "buffer=20",
+    "pictures=0",
+)
+
+
+def assert_chains_are_the_last_batch(folder, data_dir):
+    """Of a run of `small` with RESTARTED; the buffer is as large as the batch."""
+    _, config, state = cebm.load_model(folder / "ckpt.pt")
+    epoch, position = divmod(state["updates"] - 1, 40 // 20)
+    order = cebm.epoch_order(0, epoch, 40, torch.device("cpu"))[20 * position :][:20]
+    images = data.normalise(cebm.load_images(config, "train", data_dir)[0][order])
+    assert torch.equal(state["buffer"].unique(dim=0), images.unique(dim=0))
+
+
+def read_sheet(path, rows, columns, side=28, gap=2):
+    """The pixels of a grid of grey images, each read at the middle of its enlarged square."""
+    height, width = (count * (side + gap) + gap for count in (rows, columns))
+    scale = -(-600 // min(height, width))
+    picture = np.asarray(Image.open(path).convert("L"))
+    assert picture.shape[1] == scale * width
+    assert picture.shape[0] > scale * height  # a caption below
+    return picture[scale // 2 : scale * height : scale, scale // 2 :: scale]

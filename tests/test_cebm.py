@@ -14,7 +14,20 @@ import click
 import pytest
 import torch
 import yaml
-from helpers import ROOT, TINY, assert_same_run, poison_once, rows, run, same, tiny, tiny_data
+from helpers import (
+    RESTARTED,
+    ROOT,
+    STILL,
+    TINY,
+    assert_chains_are_the_last_batch,
+    assert_same_run,
+    poison_once,
+    rows,
+    run,
+    same,
+    tiny,
+    tiny_data,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,9 +102,6 @@ def test_training_images_have_their_labels_and_gaussian_noise_anew_at_every_upda
     assert abs((early * late).mean()) < 0.01
 
 
-STILL = "step_size=0", "chains.noise_std=0"  # chains that stay where they are
-
-
 def test_chains_go_back_to_the_slots_that_they_were_drawn_from(tmp_path):
     buffers = []
     for updates in (1, 3):
@@ -99,27 +109,6 @@ def test_chains_go_back_to_the_slots_that_they_were_drawn_from(tmp_path):
         assert run("train", *settings, "--out", tmp_path / str(updates)).exit_code == 0
         buffers.append(cebm.load_checkpoint(tmp_path / str(updates) / "ckpt.pt")["buffer"])
     assert torch.equal(*buffers)
-
-
-RESTARTED = (
-    *STILL,
-    "reuse=0",
-    "data_restarts=1",
-    "restart_std=0",
-    "data.noise_std=0",
-    "batch=20",
-    "buffer=20",
-    "pictures=0",
-)
-
-
-def assert_chains_are_the_last_batch(folder, data_dir):
-    """Of a run of `small` with RESTARTED; the buffer is as large as the batch."""
-    _, config, state = cebm.load_model(folder / "ckpt.pt")
-    epoch, position = divmod(state["updates"] - 1, 40 // 20)
-    order = cebm.epoch_order(0, epoch, 40, torch.device("cpu"))[20 * position :][:20]
-    images = data.normalise(cebm.load_images(config, "train", data_dir)[0][order])
-    assert torch.equal(state["buffer"].unique(dim=0), images.unique(dim=0))
 
 
 def test_chains_that_restart_from_data_start_at_each_image_of_the_batch(small, tmp_path):

@@ -1,13 +1,15 @@
-"""Energies against integration, enumeration, finite differences and Bayes; the other losses."""
+"""Energies against integration, enumeration, finite differences and Bayes; losses; MODELS."""
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
 import cebm
+import data
 import models
 import sampling
 
@@ -16,7 +18,7 @@ SHAPE = (1, 8, 8)
 
 def build(name, shape=(1, 28, 28), **changes):
     """An untrained, narrow model, the same at every call."""
-    changes = {"channels": [4, 4, 4, 4], "hidden": 8, "latent": 6} | changes
+    changes = {"channels": (4, 4, 4, 4), "hidden": 8, "latent": 6} | changes
     torch.manual_seed(0)
     return models.build(replace(cebm.compose(f"{name}-mnist").model, **changes), shape, 10)
 
@@ -42,11 +44,30 @@ def grid(dim):
     return torch.cartesian_prod(*[axis] * dim).view(-1, dim), (axis[1] - axis[0]).item() ** dim
 
 
+def mixture(latent=1, components=3, **changes):
+    """A GMM-CEBM whose components differ and are of different widths."""
+    return small(
+        latent,
+        "gmm-cebm",
+        components=components,
+        prior_mean_std=2.0,
+        prior_std=(0.5, 1.5),
+        **changes,
+    )
+
+
+FORMS = [
+    pytest.param(partial(make, t2=t2, head=head), id=f"{make.__name__}-{t2}-{head}")
+    for make in (small, mixture)
+    for t2 in ("square", "softplus")
+    for head in ("shared", "separate")
+]
+
+
 @pytest.mark.parametrize("dim", [1, 2])
-@pytest.mark.parametrize("t2", ["square", "softplus"])
-@pytest.mark.parametrize("head", ["shared", "separate"])
-def test_the_energy_is_the_joint_energy_integrated_over_z(x, dim, t2, head):
-    model = small(dim, t2=t2, head=head)
+@pytest.mark.parametrize("make", FORMS)
+def test_the_energy_is_the_joint_energy_integrated_over_z(x, make, dim):
+    model = make(dim)
     z, cell = grid(dim)
     for image in x[:3]:
         joint = model.joint_energy(image[None], z)
@@ -54,9 +75,9 @@ def test_the_energy_is_the_joint_energy_integrated_over_z(x, dim, t2, head):
         torch.testing.assert_close(integral, model.energy(image[None])[0], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("t2", ["square", "softplus"])
-def test_the_posterior_is_the_normalised_joint_density(x, t2):
-    model = small(1, t2=t2)
+@pytest.mark.parametrize("make", FORMS)
+def test_the_posterior_is_the_normalised_joint_density(x, make):
+    model = make(1, represent="mixture")
     z, cell = grid(1)
     for image in x[:3]:
         weight = torch.exp(-model.joint_energy(image[None], z))
@@ -70,8 +91,9 @@ def test_the_posterior_is_the_normalised_joint_density(x, t2):
         torch.testing.assert_close(variance, posterior.variance[0, 0], atol=1e-6, rtol=0)
 
 
-def test_bayes_rule_holds_between_joint_marginal_and_posterior(x):
-    model = small(6)
+@pytest.mark.parametrize("make", FORMS)
+def test_bayes_rule_holds_between_joint_marginal_and_posterior(x, make):
+    model = make(6)
     z = torch.randn(5, 6, dtype=torch.float64)
     log_posterior = model.energy(x) - model.joint_energy(x, z)
     torch.testing.assert_close(model.posterior(x).log_prob(z), log_posterior, atol=1e-9, rtol=0)
@@ -122,16 +144,14 @@ def test_table_5_shapes_at_every_stage(preset, sides, features):
             seen.append(tuple(h.shape[1:]))
     assert seen == [(c, s, s) for c, s in zip(config.model.channels, sides, strict=True)]
     assert h.shape == (2, features)
-    assert model.t(torch.zeros(2, *config.data.image))[0].shape == (2, 2, 128)
+    assert model.t(torch.zeros(2, *config.data.image)).shape == (2, 2, 128)
     assert model.network.heads[0][0].out_features == {288: 128, 8192: 1024}[features]
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, 1e6, 1e12])
 @pytest.mark.parametrize("t2", ["square", "softplus"])
 def test_energies_are_finite_float32_under_autocast_for_pixels_up_to_1e12(scale, t2):
-    config = replace(cebm.compose("cebm-mnist").model, t2=t2)
-    torch.manual_seed(0)
-    model = models.build(config, (1, 28, 28), 10)
+    model = build("cebm", t2=t2, hidden=128, latent=128)
     x = scale * torch.randn(4, 1, 28, 28)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = [
@@ -150,58 +170,27 @@ def test_the_loss_is_the_gap_plus_l2_and_reaches_every_parameter(x, l2_on):
     model = small(3, l2_on=l2_on)
     chains = torch.rand_like(x[:4])
     loss, metrics = model.loss(x, None, chains)
-    data, fake = model.energy(x), model.energy(chains)
-    magnitude = data.square().mean() + (fake.square().mean() if l2_on == "both" else 0)
-    torch.testing.assert_close(loss, data.mean() - fake.mean() + 0.1 * magnitude)
-    torch.testing.assert_close(metrics["gap"], data.mean() - fake.mean())
+    real, fake = model.energy(x), model.energy(chains)
+    magnitude = real.square().mean() + (fake.square().mean() if l2_on == "both" else 0)
+    torch.testing.assert_close(loss, real.mean() - fake.mean() + 0.1 * magnitude)
+    torch.testing.assert_close(metrics["gap"], real.mean() - fake.mean())
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
 
 
-def mixture(latent=1, components=3, **changes):
-    """A GMM-CEBM whose components differ and are of different widths."""
-    return small(
-        latent,
-        "gmm-cebm",
-        components=components,
-        prior_mean_std=2.0,
-        prior_std=[0.5, 1.5],
-        **changes,
-    )
-
-
-def test_the_mixtures_energy_is_its_joint_energy_integrated_over_z(x):
-    model = mixture()
-    z, cell = grid(1)
-    for image in x[:3]:
-        joint = model.joint_energy(image[None], z)
-        integral = -torch.log(torch.exp(-joint).sum() * cell)
-        torch.testing.assert_close(integral, model.energy(image[None])[0], atol=1e-6, rtol=0)
-        posterior = model.posterior(image[None])
-        density = torch.exp(posterior.log_prob(z))
-        torch.testing.assert_close(density, torch.exp(integral - joint), atol=1e-6, rtol=1e-6)
-
-
 def test_a_mixtures_deviations_start_in_their_range_whichever_end_is_named_first():
-    for ends in ([0.5, 1.5], [1.5, 0.5]):
+    for ends in ((0.5, 1.5), (1.5, 0.5)):
         std = small(64, "gmm-cebm", components=9, prior_std=ends).prior.log_std.exp()
         assert 0.5 <= std.min() < 0.51
         assert 1.49 < std.max() <= 1.5
 
 
-def test_bayes_rule_holds_in_a_mixture(x):
-    model = mixture(6, 4)
-    z = torch.randn(5, 6, dtype=torch.float64)
-    log_posterior = model.energy(x) - model.joint_energy(x, z)
-    torch.testing.assert_close(model.posterior(x).log_prob(z), log_posterior, atol=1e-9, rtol=0)
-
-
 def test_a_mixture_of_one_standard_component_is_the_cebm(x):
     # Three components at N(0, I) are one.
     plain = small(4)
-    model = small(4, "gmm-cebm", components=3, prior_mean_std=0.0, prior_std=[1.0, 1.0])
+    model = small(4, "gmm-cebm", components=3, prior_mean_std=0.0, prior_std=(1.0, 1.0))
     model.network.load_state_dict(plain.network.state_dict())
     z = torch.randn(5, 4, dtype=torch.float64)
     for a, b in [
@@ -220,7 +209,7 @@ def test_the_class_of_an_image_follows_bayes_rule_by_hand(monkeypatch):
     with torch.no_grad():
         model.prior.location.copy_(torch.tensor([[-1.0], [2.0]]))
         model.prior.log_std.zero_()
-    monkeypatch.setattr(model, "t", lambda x: (torch.tensor([[[1.0], [0.0]]]).double(), 0.0))
+    monkeypatch.setattr(model, "t", lambda x: torch.tensor([[[1.0], [0.0]]]).double())
     chance = 1 / (1 + math.exp(-3))
     chances = model.posterior(None).mixture_distribution.probs
     assert math.isclose(chances[0, 1].item(), chance, rel_tol=1e-9)
@@ -287,7 +276,8 @@ def test_block_gibbs_on_a_tiny_rbm_reaches_the_enumerated_marginal():
     states = binary(4).view(-1, 1, 2, 2) * 2 - 1
     exact = torch.softmax(-model.energy(states), 0)
     chains = torch.ones(20_000, 1, 2, 2).double()
-    x = sampling.mover(model, None, 100, 0, 0, torch.Generator().manual_seed(0))(chains)
+    generator = torch.Generator().manual_seed(0)
+    x = sampling.mover("gibbs", model, None, 100, None, generator)(chains)
     code = ((x.flatten(1) + 1) / 2 @ torch.tensor([8.0, 4.0, 2.0, 1.0]).double()).long()
     found = torch.bincount(code, minlength=16) / 20_000
     assert ((found - exact).abs() < 5 * (exact * (1 - exact) / 20_000) ** 0.5 + 1e-9).all()
@@ -296,7 +286,7 @@ def test_block_gibbs_on_a_tiny_rbm_reaches_the_enumerated_marginal():
 def test_gaussian_chains_of_an_efh_forget_their_start():
     model = build("efh", latent=8)
     ends = [
-        sampling.mover(model, None, 30, 0, 0, torch.Generator().manual_seed(0))(
+        sampling.mover("gibbs", model, None, 30, None, torch.Generator().manual_seed(0))(
             torch.full((500, 1, 28, 28), start)
         )
         for start in (-3.0, 3.0)
@@ -305,14 +295,49 @@ def test_gaussian_chains_of_an_efh_forget_their_start():
     assert abs(ends[0].std() - model.config.visible_std) < 0.05
 
 
-NAMES = cebm.LIMITS["model"]["name"]
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_registry_says_the_truth_about_each_model(name):
+    kind = models.MODELS[name]
+    said = {
+        "energy": kind.density,
+        "posterior": kind.posterior,
+        "decode": kind.decoder,
+        "generate": kind.decoder,
+        "latent_energy": kind.latent_energy,
+        "classify": kind.labels,
+        "gibbs_sweep": kind.chains == "gibbs",
+    }
+    assert {method: hasattr(kind.build, method) for method in said} == said
+    if kind.posterior:  # x given z: by chains on E(x, z), or decoded
+        assert hasattr(kind.build, "joint_energy") or kind.decoder
+    assert kind.chains is None or kind.chains in sampling.SAMPLERS
+    assert type(build(name)) is kind.build
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", models.MODELS)
+def test_a_model_learns_from_images_of_every_size_that_the_registry_says_it_is_for(name):
+    kind = models.MODELS[name]
+    sizes = [(side, side) for side in kind.sides or (28, 32)]
+    for size in sizes if kind.sides else [*sizes, (8, 11)]:
+        x, y = torch.rand(4, 3, *size) * 2 - 1, torch.arange(4)
+        model = build(name, x.shape[1:])
+        assert model.loss(x, y, -x if kind.chains else None)[0].isfinite()
+        assert len(model.represent(x)) == 4
+        if kind.decoder:
+            assert model.generate(2).shape == (2, 3, *size)
+
+
+def test_configs_yaml_names_exactly_the_models_and_data_sets_that_there_are():
+    book = cebm.read_recipes()
+    assert set(book["models"]) == set(models.MODELS)
+    assert set(book["data"]) == set(data.DATASETS)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
 def test_every_parameter_of_every_model_receives_a_gradient(name):
     model = build(name)
     x, y = torch.rand(16, 1, 28, 28) * 2 - 1, torch.arange(16) % 10
-    loss, metrics = model.loss(x, y, x.flip(0) ** 3 if model.chain else None)
+    loss, metrics = model.loss(x, y, x.flip(0) ** 3 if models.MODELS[name].chains else None)
     loss.backward()
     assert loss.isfinite()
     assert loss.dim() == 0
@@ -323,14 +348,14 @@ def test_every_parameter_of_every_model_receives_a_gradient(name):
     assert model.represent(x).shape[0] == 16
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", models.MODELS)
 def test_under_bfloat16_losses_energies_and_latents_are_float32(name):
-    model = build(name)
+    model, kind = build(name), models.MODELS[name]
     x, y = torch.rand(8, 1, 28, 28) * 2 - 1, torch.arange(8)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = [model.represent(x), model.loss(x, y, x.flip(0) if model.chain else None)[0]]
-        outputs += [model.energy(x)] if hasattr(model, "energy") else []
-        outputs += [model.generate(3)] if hasattr(model, "generate") else []
+        outputs = [model.represent(x), model.loss(x, y, x.flip(0) if kind.chains else None)[0]]
+        outputs += [model.energy(x)] if kind.density else []
+        outputs += [model.generate(3)] if kind.decoder else []
     for output in outputs:
         assert output.dtype == torch.float32
         assert output.isfinite().all()
@@ -344,6 +369,8 @@ def test_igebm_jem_and_hdge_are_one_network_read_as_table_4_says():
     torch.testing.assert_close(igebm.energy(x), -igebm.head(swish)[:, 0])
     f, chains = jem.f(x), -x
     torch.testing.assert_close(jem.energy(x), -f.exp().sum(1).log())
+    for model in jem, hdge:
+        assert model.classify(x).tolist() == model.f(x).argmax(1).tolist()
     log_p = f - torch.log(f.exp().sum(1, keepdim=True))
     cross_entropy = -log_p[torch.arange(6), y].mean()
     contrastive = models.contrastive(jem.energy(x), jem.energy(chains), jem.config)[0]
@@ -488,7 +515,7 @@ def test_batch_normalisation_of_rows_is_that_of_maps_with_second_derivatives():
 
 
 def test_narrow_components_have_the_energy_of_their_density():
-    model = build("gmm-vae", components=5, latent=128, prior_mean_std=1.0, prior_std=[0.01, 0.01])
+    model = build("gmm-vae", components=5, latent=128, prior_mean_std=1.0, prior_std=(0.01, 0.01))
     z = model.prior.location[2:3] + 0.01 * torch.randn(4, 128)
     energy, exact = model.prior.energy(z), model.prior.double().energy(z.double())
     torch.testing.assert_close(energy.double(), exact, atol=1e-2, rtol=1e-5)
@@ -532,7 +559,7 @@ def test_a_linear_gaussian_vaes_elbo_is_below_its_evidence_and_tight_at_the_opti
 
 
 def test_the_sampled_divergence_from_a_mixture_of_equal_components_is_the_closed_form():
-    model = build("gmm-vae", components=3, prior_mean_std=0.0, prior_std=[1.0, 1.0])
+    model = build("gmm-vae", components=3, prior_mean_std=0.0, prior_std=(1.0, 1.0))
     mean, std = torch.randn(6), torch.rand(6) + 0.5
     q = models.normal(mean.expand(50_000, 6), std.expand(50_000, 6))
     sampled = model.divergence(q, q.sample())
@@ -561,7 +588,7 @@ def test_a_posterior_mean_shifts_and_narrows_with_evidence(monkeypatch):
     # One image, one dimension, t = (t1, t2) by hand: precision 1 - 2 t2, mean t1 / precision.
     model = small(1)
     statistics = torch.tensor([[[3.0], [-1.0]]]).double()
-    monkeypatch.setattr(model, "t", lambda x: (statistics, 0.0))
+    monkeypatch.setattr(model, "t", lambda x: statistics)
     posterior = model.posterior(torch.zeros(1, *SHAPE))
     assert math.isclose(posterior.mean.item(), 1.0)
     assert math.isclose(posterior.variance.item(), 1 / 3)
