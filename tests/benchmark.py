@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -81,7 +82,7 @@ def updater(model, move, buffer, config, bfloat16: bool, device, fast=False):
         optimiser.step()
         return loss.detach()
 
-    learn = sampling.Graph([learn], buffer.generator) if fast else learn
+    learn = sampling.GraphedFunction([learn], buffer.generator) if fast else learn
 
     def update():
         slots, chains = buffer.draw(x)
@@ -109,12 +110,22 @@ def chains(config, device, rounds: int) -> list[dict]:
         : 1 + sampling.bfloat16_pays(device)
     ]  # emulated, it takes hours
 
+    unbounded = replace(c, bound=0.0)
+
     def moves(steps):
         fast = {
-            f: sampling.mover(
-                model, model.energy, steps, *chain, gpu, gpu, bfloat16=f == "bfloat16"
+            kind: sampling.mover(
+                "langevin",
+                model,
+                model.energy,
+                steps,
+                unbounded,
+                generator,
+                bfloat16=kind == "bfloat16",
+                record=gpu,
+                compile=gpu,
             )
-            for f in kinds
+            for kind in kinds
         }
         return {
             "naive": lambda v: sampling.langevin(slow.energy, v, steps, *chain),
@@ -167,8 +178,9 @@ def one_step_difference(config, device) -> float:
     """|bfloat16 step - float32 step| / |float32 step|, without noise, from uniform noise."""
     model, x = cebm.new_model(config, device), torch.rand(config.train.batch, *config.data.image)
     x = x.to(device) * 2 - 1
+    settings = replace(config.chains, noise_std=0.0, bound=0.0)
     a, b = (
-        sampling.fast_langevin(model, model.energy, 1, config.chains.step_size, 0.0, None, x, half)
+        sampling.fast_langevin(model, model.energy, x, 1, settings, None, bfloat16=half)
         for half in (False, True)
     )
     return ((b - a).norm() / (a - x).norm()).item()

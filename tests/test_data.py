@@ -11,7 +11,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+import cebm
 import data
+
+KINDS = {"mnist": "MNIST", "fmnist": "FashionMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
 
 
 def write_idx(folder, count=20, name="MNIST"):
@@ -43,19 +46,19 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The loaders expect 20 images a split, as the files made here have."""
-    monkeypatch.setattr(
-        data,
-        "PUBLIC",
-        {k: (v[0], dict.fromkeys(("train", "test", "extra"), 20)) for k, v in data.PUBLIC.items()},
-    )
+    """The public sets are of 20 images a split, as the files made here."""
+    few = {
+        name: data.public(kind, data.DATASETS[name].shape, 20, 20, extra=20)
+        for name, kind in KINDS.items()
+    }
+    monkeypatch.setattr(data, "DATASETS", data.DATASETS | few)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fmnist", "FashionMNIST")])
+@pytest.mark.parametrize("name", ["mnist", "fmnist"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_idx_files_come_back_pixel_for_pixel(tmp_path, counted, name, folder, split):
-    pixels, labels = write_idx(tmp_path, name=folder)
-    images, found = data.load(name, split, str(tmp_path), (1, 28, 28))
+def test_idx_files_come_back_pixel_for_pixel(tmp_path, counted, name, split):
+    pixels, labels = write_idx(tmp_path, name=KINDS[name])
+    images, found = data.load(name, split, tmp_path)
     assert images.dtype == torch.uint8
     assert torch.equal(images, pixels)
     assert torch.equal(found, labels)
@@ -106,9 +109,9 @@ def test_svhn_files_come_back_with_zero_for_the_digit_zero_and_extra_appended(
     assert len(data.load("svhn", "test", str(tmp_path), (3, 32, 32), extra=True)[0]) == 20
 
 
-@pytest.mark.parametrize("name", ["mnist", "fmnist", "cifar10", "svhn"])
+@pytest.mark.parametrize("name", KINDS)
 def test_an_absent_set_without_a_network_is_an_error_that_names_it(tmp_path, offline, name):
-    with pytest.raises(data.DataError, match=rf"{data.PUBLIC[name][0]} \(train\).*--data-dir"):
+    with pytest.raises(data.DataError, match=rf"{KINDS[name]} \(train\).*--data-dir"):
         data.load(name, "train", str(tmp_path))
 
 
@@ -137,6 +140,21 @@ def test_images_of_another_shape_are_refused():
         data.load("glyphs", "train", image_shape=(3, 32, 32))
 
 
+@pytest.mark.parametrize("name", data.DATASETS)
+def test_a_preset_is_for_the_images_and_classes_that_its_data_set_has(name):
+    dataset, settings = data.DATASETS[name], cebm.compose("cebm-mnist", [f"data.name={name}"]).data
+    assert settings.image == dataset.shape
+    assert dataset.classes in (settings.classes, None)
+    assert len(dataset.names) in (0, dataset.classes)
+
+
+def test_labels_stand_for_names_where_a_set_has_them_and_else_for_digits(tmp_path):
+    assert data.class_names("mnist", tmp_path, 10) == list("0123456789")
+    names = data.class_names("fmnist", tmp_path, 10)
+    assert (len(names), names[0], names[7], names[9]) == (10, "T-shirt", "Sneaker", "Boot")
+    assert data.class_names("cifar10", tmp_path, 10)[:3] == ["airplane", "automobile", "bird"]
+
+
 def write_folder(root, sizes=((28, 28), (40, 20))):
     for split in ("train", "test"):
         for k, name in enumerate(("cat", "dog")):
@@ -155,6 +173,15 @@ def test_a_folder_is_scaled_to_the_configured_size_and_channels(tmp_path, channe
     assert (images[:2] == 0).all()
     assert (images[2:] == 100).all()
     assert data.class_names("folder", str(tmp_path), 2) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_folder_is_read_in_its_default_shape_without_further_settings(tmp_path, split):
+    write_folder(tmp_path)
+    images, labels = data.load("folder", split, str(tmp_path))
+    assert images.shape == (4, 1, 28, 28)
+    assert images.dtype == torch.uint8
+    assert labels.tolist() == [0, 0, 1, 1]
 
 
 def test_a_folder_keeps_pixels_that_already_fit(tmp_path):
@@ -203,6 +230,7 @@ def test_the_embedded_set_is_what_the_readme_says():
     assert test.shape == (2_000, 1, 28, 28)
     assert labels.bincount().tolist() == [1000] * 10
     assert test_labels.bincount().tolist() == [200] * 10
+    assert data.DATASETS["glyphs"].counts == {"train": len(images), "test": len(test)}
     assert torch.equal(data.glyphs.__wrapped__("test")[0], test)
     assert 0.05 < (images > 127).float().mean() < 0.25  # ink, not noise
     assert len(torch.unique(images.flatten(1), dim=0)) == 10_000
@@ -213,3 +241,9 @@ def test_the_embedded_set_is_what_the_readme_says():
 def test_pixels_are_scaled_to_the_range_of_chains():
     scaled = data.normalise(torch.tensor([0, 255], dtype=torch.uint8))
     assert scaled.tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_pixels_of_another_type_than_uint8_are_refused_and_not_scaled_twice(dtype):
+    with pytest.raises(TypeError, match=str(dtype)):
+        data.normalise(torch.zeros(2, 1, 4, 4, dtype=dtype))

@@ -1,6 +1,11 @@
-"""1-NN, probe and AUROC against brute force and scikit-learn; tables; pictures."""
+"""1-NN, probe and AUROC against brute force and scikit-learn; rows of figures; pictures.
+
+Models are stand-ins of a few lines, whose right figures are known.
+"""
 
 import io
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +14,91 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import evaluate
+
+CPU = torch.device("cpu")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape):
+    """Images whose pixels are independent and uniform."""
+    return torch.randint(256, shape, generator=seeded()).byte()
+
+
+def stand_in(**functions):
+    """A model that has these functions of normalised images and no others."""
+    return SimpleNamespace(**functions)
+
+
+# Encoding
+
+
+def test_batches_are_normalised_and_come_back_in_order_whatever_their_size():
+    images = noise(7, 1, 2, 3)
+    expected = images.float() / 127.5 - 1
+    for size in (1, 3, 7, 100):
+        torch.testing.assert_close(evaluate.in_batches(lambda x: x, images, CPU, size), expected)
+
+
+def test_images_that_are_normalised_already_are_refused():
+    with pytest.raises(TypeError, match="uint8"):
+        evaluate.in_batches(lambda x: x, noise(2, 1, 2, 2).float(), CPU)
+
+
+def test_latents_hold_what_is_asked_for_with_the_whole_posteriors_deviation():
+    def posterior(x):  # two components, of means 0 and 4 and deviation 1: variance 1 + 4
+        members = torch.distributions.Normal(torch.tensor([0.0, 4.0]), 1.0)
+        parts = members.expand((len(x), 2, 2))
+        chances = torch.distributions.Categorical(torch.ones(len(x), 2, 2))
+        return torch.distributions.MixtureSameFamily(chances, parts)
+
+    images = noise(5, 1, 2, 2)
+    model = stand_in(
+        represent=lambda x: x.flatten(1)[:, :2],
+        energy=lambda x: x.sum((1, 2, 3)),
+        posterior=posterior,
+    )
+    x = (images.float() / 127.5 - 1).numpy()
+    for with_std, with_energy in ((True, True), (True, False), (False, True), (False, False)):
+        arrays = evaluate.latents(model, images, CPU, with_std, with_energy)
+        expected = {"mean": x.reshape(5, 4)[:, :2]}
+        if with_energy:
+            expected["energy"] = x.sum((1, 2, 3))
+        if with_std:
+            expected["std"] = np.full((5, 2), 5**0.5)
+        assert arrays.keys() == expected.keys()
+        for key, array in arrays.items():
+            np.testing.assert_allclose(array, expected[key], atol=1e-5)
+
+
+def test_figures_of_a_model_that_draws_are_the_same_each_time_and_leave_the_random_state():
+    model = stand_in(
+        represent=torch.rand_like, energy=lambda x: x.sum((1, 2, 3)) * torch.rand(len(x))
+    )
+    before = torch.get_rng_state()
+    one, two = (evaluate.latents(model, noise(5, 1, 2, 2), CPU, False, True) for _ in range(2))
+    np.testing.assert_equal(one, two)
+    scores = [evaluate.density_scores(model, noise(5, 1, 2, 2), CPU) for _ in range(2)]
+    torch.testing.assert_close(*scores, atol=0, rtol=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_drawing_under_a_seed_leaves_the_random_state_as_it_was():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with evaluate.seeded(3, CPU):
+        first = torch.rand(4)
+    assert torch.equal(torch.get_rng_state(), before)
+    with evaluate.seeded(3, CPU):
+        assert torch.equal(torch.rand(4), first)
+
+
+# 1-NN
 
 
 def brute_force(train, test):
@@ -32,7 +118,7 @@ def brute_force(train, test):
     st.booleans(),
 )
 def test_nearest_is_brute_force_with_ties_to_the_first(seed, n, m, dim, offset, integers):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     train = torch.randn(n, dim, generator=generator)
     test = torch.randn(m, dim, generator=generator)
     if integers:  # a lattice: many equal distances
@@ -56,7 +142,7 @@ def test_nearest_is_exact_where_float32_distances_are_not():
 
 
 def test_nearest_agrees_with_scikit_learn_on_images():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     train, test = (torch.randint(0, 256, (n, 784), generator=generator).float() for n in (500, 200))
     labels = torch.arange(500)
     oracle = KNeighborsClassifier(1, algorithm="brute").fit(train.double().numpy(), labels.numpy())
@@ -83,105 +169,8 @@ def test_nearest_holds_so_many_numbers_at_a_time(monkeypatch, count, dim):
     assert 500 < max(held) <= 1000
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.01])
-def test_logistic_regression_is_scikit_learns(penalty):
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(300) % 4
-    x = torch.randn(300, 5, generator=generator) + torch.nn.functional.one_hot(y, 5)
-    x, w = x.double(), evaluate.logistic_regression(x, y, 4, penalty)
-    oracle = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10_000).fit(x.numpy(), y.numpy())
-    chances = torch.softmax(x @ w[:-1] + w[-1], 1).numpy()
-    assert abs(chances - oracle.predict_proba(x.numpy())).max() < 1e-4
-
-
-def test_logistic_regression_does_not_stop_early_on_many_points_of_small_features():
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(60_000) % 3
-    x = 1e-3 * (torch.randn(60_000, 4, generator=generator) + torch.nn.functional.one_hot(y, 4))
-    w = evaluate.logistic_regression(x, y, 3, 1e-6)
-    scaled = evaluate.logistic_regression(1e3 * x, y, 3, 1.0)  # the same problem
-    torch.testing.assert_close(w[:-1] / 1e3, scaled[:-1], atol=1e-3, rtol=1e-2)
-
-
-def test_a_probe_sees_so_many_labels_a_class_and_reports_mean_and_deviation(monkeypatch):
-    fit, seen = evaluate.logistic_regression, []
-    monkeypatch.setattr(
-        evaluate,
-        "logistic_regression",
-        lambda x, y, *rest: seen.append(y.bincount().tolist()) or fit(x, y, *rest),
-    )
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(600) % 3
-    x = 0.7 * torch.randn(600, 4, generator=generator) + torch.nn.functional.one_hot(y, 4)
-    train, test = (x[:300], y[:300]), (x[300:], y[300:])
-    scores = {n: evaluate.probe(*train, *test, 3, n) for n in (1, 10, None)}
-    assert seen == 10 * [[1] * 3] + 10 * [[10] * 3] + [[100] * 3]
-    assert scores[1][0] < scores[10][0] < scores[None][0] + 2
-    assert scores[1][1] > scores[10][1] > scores[None][1] == 0
-    oracle = LogisticRegression(tol=1e-8, max_iter=10_000).fit(*(v.numpy() for v in train))
-    assert abs(scores[None][0] - 100 * oracle.score(*(v.numpy() for v in test))) < 0.5
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 50), st.integers(1, 50), st.booleans())
-def test_auroc_is_scikit_learns_ties_included(seed, n, m, ties):
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(n, generator=generator) + 0.3, torch.randn(m, generator=generator)
-    if ties:
-        a, b = a.round(), b.round()
-    expected = roc_auc_score([1] * n + [0] * m, torch.cat([a, b]).numpy())
-    assert evaluate.auroc(a, b) == pytest.approx(100 * expected)
-
-
-def test_density_scores_are_minus_the_energy_and_minus_its_gradients_length():
-    class Bowl:
-        def energy(self, x):
-            return x.flatten(1).square().sum(1) / 2
-
-    images = torch.randint(0, 256, (7, 1, 4, 4), dtype=torch.uint8)
-    scores = evaluate.density_scores(Bowl(), images, torch.device("cpu"))
-    x = (images.float() / 127.5 - 1).flatten(1)
-    torch.testing.assert_close(scores["logp"], -x.square().sum(1) / 2)
-    torch.testing.assert_close(scores["gradient"], -x.norm(dim=1))
-
-
-def test_without_umap_the_map_is_the_two_principal_directions():
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(500, 6, generator=generator) * torch.tensor([9.0, 5.0, 1, 1, 1, 1]) + 4
-    points, method = evaluate.plane(latents)
-    assert method in ("PCA", "UMAP")
-    assert points.shape == (500, 2)
-    if method == "PCA":
-        values = torch.linalg.eigvalsh(latents.T.cov()).flip(0)[:2]
-        torch.testing.assert_close(points.var(0), values, rtol=1e-3, atol=0)
-        assert abs(points.mean()) < 1e-3
-
-
-def test_the_map_has_a_point_of_its_classs_colour_and_a_legend():
-    corners = torch.tensor([[0.0, 0.0], [1.0, 1.0]] * 10)
-    labels = torch.tensor([0, 1] * 10)
-    picture = Image.open(io.BytesIO(evaluate.map_png(corners, labels, ["a", "b"], "title")))
-    shown = np.asarray(picture)
-    colours = [tuple(shown[45 + 18 * k, 709]) for k in (0, 1)]  # of the legend
-    assert colours[0] != colours[1]
-    assert tuple(shown[50, 20]) == colours[0]
-    assert tuple(shown[710, 680]) == colours[1]
-
-
-def test_the_legend_of_a_map_has_room_for_any_number_of_classes():
-    picture = Image.open(
-        io.BytesIO(
-            evaluate.map_png(
-                torch.rand(60, 2), torch.arange(60), [str(k) for k in range(60)], "title"
-            )
-        )
-    )
-    legend = np.asarray(picture)[45::18, 709]
-    assert len(np.unique(legend[:60], axis=0)) == 60
-
-
 def test_whitened_latents_have_unit_variance_along_principal_directions_but_small_ones():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     turn = torch.linalg.qr(torch.randn(3, 3, generator=generator).double())[0]
     scales = torch.tensor([10.0, 1.0, 1e-6]).double()
     train = (torch.randn(5000, 3, generator=generator).double() * scales + 7) @ turn
@@ -199,22 +188,366 @@ def test_whitened_latents_that_are_all_equal_stay_finite_and_equal():
     torch.testing.assert_close(torch.cat([a, b]), a[:1].expand(7, 3))
 
 
-def test_drawing_under_a_seed_leaves_the_random_state_as_it_was():
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    with evaluate.seeded(3, torch.device("cpu")):
-        first = torch.rand(4)
-    assert torch.equal(torch.get_rng_state(), before)
-    with evaluate.seeded(3, torch.device("cpu")):
-        assert torch.equal(torch.rand(4), first)
+def two_classes(count=200):
+    """Images of 2 x 2 pixels and labels: the first pixel says the class, the second one is loud."""
+    y = torch.arange(count) % 2
+    images = noise(count, 1, 2, 2)
+    images[:, 0, 0, 0] = (100 + 40 * y).byte()
+    images[:, 0, 1] = 7
+    return images, y
 
 
-def test_a_grid_shows_each_image_once_at_its_place():
-    images = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 1, 4, 4)
-    picture = np.asarray(Image.open(io.BytesIO(evaluate.grid_png(images, 3))).convert("L"))
-    assert picture.shape == (2 * 6 + 2, 3 * 6 + 2)
-    shown = [picture[2 + 6 * (i // 3), 2 + 6 * (i % 3)] for i in range(6)]
-    assert shown == pytest.approx([255 * i / 5 for i in range(6)], abs=1)
+def test_a_row_of_1_nn_has_latents_the_untrained_networks_and_pixels_by_brute_force():
+    (images, y), first, loud = two_classes(), (0, 0, 0), (0, 0, 1)
+    images[:9, 0, 0, 0] = (240 - images[:9, 0, 0, 0].int()).byte()  # of the other class's look
+    train, test = (images[100:], y[100:]), (images[:100], y[:100])
+    model, untrained = (
+        stand_in(represent=lambda x, at=at: x[(slice(None), *at)][:, None]) for at in (first, loud)
+    )
+    row = evaluate.knn_row(model, untrained, train, test, 2, CPU)
+    assert row["latent"] == 91
+
+    def by_hand(space):
+        a, b = (space(part[0]).double() for part in (train, test))
+        predicted = y[100:][brute_force(a, b).argmin(1)]
+        return round(100 * (predicted == y[:100]).double().mean().item(), 2)
+
+    assert row["untrained"] == by_hand(lambda v: v[:, 0, 0, 1:]) < 75
+    assert row["pixel"] == by_hand(lambda v: v.flatten(1)) < 91
+    # Images 0, 2, 4, 6, 8 of class 0 look like class 1; 1, 3, 5, 7 of class 1 look like class 0.
+    assert row["confusion"] == [[45, 5], [4, 46]]
+
+
+def test_whitening_a_row_of_1_nn_frees_latents_of_loud_directions_and_leaves_pixels():
+    images, y = two_classes()
+    train, test = (images[100:], y[100:]), (images[:100], y[:100])
+    loud = torch.tensor([1.0, 8.0])
+    model = stand_in(represent=lambda x: x.flatten(1)[:, :2] * loud)
+    plain, whitened = (
+        evaluate.knn_row(model, model, train, test, 2, CPU, w) for w in (False, True)
+    )
+    assert plain["latent"] < 75
+    assert whitened["latent"] == whitened["untrained"] == 100
+    assert whitened["pixel"] == plain["pixel"]
+
+
+def test_the_accuracy_of_a_classifier_is_how_often_it_is_right():
+    images, y = two_classes()
+    model = stand_in(classify=lambda x: (x[:, 0, 0, 0] > 0).long())  # above 127.5
+    assert evaluate.accuracy(model, (images, y), CPU) == 100
+    y = y.clone()
+    y[:3] = 1 - y[:3]
+    assert evaluate.accuracy(model, (images, y), CPU) == 98.5
+
+
+# Linear probe
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """Each logistic regression that is fitted, with the labels that it saw."""
+    fit, seen = LogisticRegression.fit, []
+
+    def spy(self, x, y):
+        seen.append((self, x, y))
+        return fit(self, x, y)
+
+    monkeypatch.setattr(LogisticRegression, "fit", spy)
+    return seen
+
+
+def test_a_probe_sees_so_many_labels_a_class_and_reports_mean_and_deviation(fitted):
+    y = torch.arange(600) % 3
+    x = 0.7 * torch.randn(600, 4, generator=seeded()) + torch.nn.functional.one_hot(y, 4)
+    train, test = (x[:300], y[:300]), (x[300:], y[300:])
+    scores = {n: evaluate.probe(*train, *test, 3, n) for n in (1, 10, None)}
+    counts = [np.bincount(labels).tolist() for _, _, labels in fitted]
+    assert counts == 10 * [[1] * 3] + 10 * [[10] * 3] + [[100] * 3]
+    assert len({points.tobytes() for _, points, _ in fitted}) == 21  # other draws, other points
+    assert scores[1][0] < scores[10][0] < scores[None][0] + 2
+    assert scores[1][1] > scores[10][1] > scores[None][1] == 0
+    by_hand = [100 * part.score(*(v.numpy() for v in test)) for part, _, _ in fitted[:10]]
+    assert scores[1] == pytest.approx((np.mean(by_hand), np.std(by_hand)))
+    oracle = LogisticRegression(tol=1e-8, max_iter=10_000).fit(*(v.numpy() for v in train))
+    assert abs(scores[None][0] - 100 * oracle.score(*(v.numpy() for v in test))) < 0.5
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_a_probe_does_not_stop_before_its_optimum_even_on_many_points_of_small_features(
+    fitted, scale
+):
+    y = torch.arange(60_000) % 3
+    x = torch.randn(60_000, 4, generator=seeded()) + torch.nn.functional.one_hot(y, 4)
+    evaluate.probe(scale * x, y, scale * x[:9], y[:9], 3, None)
+    oracle = LogisticRegression(C=1.0, tol=1e-10, max_iter=100_000)
+    points = (scale * x).double().numpy()
+    chances = oracle.fit(points, y.numpy()).predict_proba(points)
+    assert abs(fitted[0][0].predict_proba(points) - chances).max() < 1e-3
+
+
+def test_a_probes_row_is_of_1_10_100_and_all_labels_a_class_where_there_are_as_many():
+    y = torch.arange(300) % 3
+    images = (80 * y[:, None] + torch.randint(60, (300, 6), generator=seeded())).byte()
+    images = images.view(300, 1, 2, 3)
+    model = stand_in(represent=lambda x: x.flatten(1))
+    row = evaluate.probe_row(model, (images, y), (images, y), 3, CPU)
+    assert list(row) == ["1", "1 std", "10", "10 std", "100", "100 std", "all", "all std"]
+    assert row["100"] == row["all"] == 100  # separate classes, the same labels
+    assert row["all std"] == 0
+    fewer = evaluate.probe_row(model, (images[:299], y[:299]), (images, y), 3, CPU)
+    assert list(fewer) == ["1", "1 std", "10", "10 std", "all", "all std"]
+
+
+def test_a_scaled_probe_is_free_of_the_latents_place_and_scale_and_another_is_not():
+    y = torch.arange(300) % 3
+    images = (40 * y[:, None] + torch.randint(150, (300, 6), generator=seeded())).byte()
+    images = images.view(300, 1, 2, 3)
+    plain, small = (
+        stand_in(represent=lambda x, a=a, b=b: a * x.flatten(1).double() + b)
+        for a, b in ((1.0, 0.0), (1e-3, 5.0))
+    )
+    train, test = (images[:150], y[:150]), (images[150:], y[150:])
+    rows = {
+        scaled: [evaluate.probe_row(m, train, test, 3, CPU, scaled) for m in (plain, small)]
+        for scaled in (False, True)
+    }
+    assert rows[True][0] == pytest.approx(rows[True][1], abs=0.7)  # one image of 150
+    assert rows[False][1]["all"] < rows[False][0]["all"] - 2
+
+
+# OOD scores
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 50), st.integers(1, 50), st.booleans())
+def test_auroc_is_the_share_of_pairs_in_the_right_order_ties_half(seed, n, m, ties):
+    generator = seeded(seed)
+    a, b = torch.randn(n, generator=generator) + 0.3, torch.randn(m, generator=generator)
+    if ties:
+        a, b = a.round(), b.round()
+    pairs = [(x > y) + (x == y) / 2 for x in a.tolist() for y in b.tolist()]
+    assert evaluate.auroc(a, b) == pytest.approx(100 * sum(pairs) / (n * m))
+
+
+def test_density_scores_are_minus_the_energy_and_minus_its_gradients_length():
+    class Bowl:
+        def energy(self, x):
+            return x.flatten(1).square().sum(1) / 2
+
+    images = torch.randint(0, 256, (7, 1, 4, 4), dtype=torch.uint8)
+    scores = evaluate.density_scores(Bowl(), images, torch.device("cpu"))
+    x = (images.float() / 127.5 - 1).flatten(1)
+    torch.testing.assert_close(scores["logp"], -x.square().sum(1) / 2)
+    torch.testing.assert_close(scores["gradient"], -x.norm(dim=1))
+
+
+def test_an_ood_row_tells_images_from_each_other_set_from_noise_and_from_constants():
+    seen = []
+
+    def energy(x):  # likely: what is dark
+        seen.append(x.detach())
+        return x.flatten(1).mean(1) ** 3
+
+    own = noise(200, 1, 4, 4) // 4
+    others = {"light": 255 - own, "same": own}
+    row = evaluate.ood_row(stand_in(energy=energy), own, others, CPU)
+    assert list(row) == [
+        f"{name} {score}"
+        for name in ("light", "same", "uniform", "constant")
+        for score in ("logp", "gradient")
+    ]
+    assert row["light logp"] == row["uniform logp"] == 100
+    assert row["same logp"] == row["same gradient"] == 50
+    shown, light, same, uniform, constant = seen
+    assert torch.equal(shown, same)
+    torch.testing.assert_close(light, -shown)
+    levels = constant.flatten(1)
+    assert (levels == levels[:, :1]).all()
+    for values in (uniform, levels[:, 0]):
+        assert abs(values.mean()) < 5 * (1 / 3 / values.numel()) ** 0.5
+        assert abs(values.var() - 1 / 3) < 0.05
+    seen.clear()
+    assert evaluate.ood_row(stand_in(energy=energy), own, others, CPU) == row  # the same noise
+
+
+# Maps
+
+
+FOLDERS = {  # of the name umap, which are not umap-learn: what is in them, and the reason told
+    "empty folder": (None, "umap"),
+    "another package": ("", "umap"),
+    "broken": ("raise ImportError('Numba needs another NumPy')", "Numba needs another NumPy"),
+    "incomplete": ("import a_part_that_is_absent", "a_part_that_is_absent"),
+    "absent": (ModuleNotFoundError, "umap-learn is not installed"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_without_umap_the_map_is_the_two_principal_directions_and_says_why(
+    kind, tmp_path, monkeypatch
+):
+    content, reason = FOLDERS[kind]
+    if content is ModuleNotFoundError:
+        monkeypatch.setitem(sys.modules, "umap", None)
+    else:
+        (tmp_path / "umap").mkdir()
+        if content is not None:
+            (tmp_path / "umap/__init__.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "umap", raising=False)
+    deviations = torch.tensor([9.0, 5.0, 1, 1, 1, 1])
+    latents = torch.randn(500, 6, generator=seeded()) * deviations + 4
+    points, method = evaluate.plane(latents.numpy())
+    monkeypatch.delitem(sys.modules, "umap", raising=False)
+    assert method.startswith("PCA (")
+    assert reason in method
+    assert points.shape == (500, 2)
+    values = torch.linalg.eigvalsh(latents.T.cov()).flip(0)[:2]
+    np.testing.assert_allclose(points.var(0, ddof=1), values, rtol=1e-3)
+    assert abs(points.mean()) < 1e-3
+
+
+def test_with_umap_the_map_is_umaps(monkeypatch):
+    class UMAP:
+        def __init__(self, random_state):
+            self.state = random_state
+
+        def fit_transform(self, points):
+            return points[:, 1:3] + self.state
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
+    latents = np.arange(12.0).reshape(3, 4)
+    points, method = evaluate.plane(latents)
+    assert method == "UMAP"
+    np.testing.assert_array_equal(points, latents[:, 1:3])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shape", [(5, 1), (2, 6), (1, 6), (1, 1)])
+def test_latents_of_fewer_directions_than_two_are_mapped_on_a_line(shape, monkeypatch):
+    monkeypatch.setitem(sys.modules, "umap", None)
+    points, _ = evaluate.plane(np.random.default_rng(0).normal(size=shape))
+    assert points.shape == (shape[0], 2)
+    assert np.isfinite(points).all()
+    assert abs(points[:, 1]).max() < 1e-9
+
+
+# Tables and pictures
+
+
+def shown(figure):
+    """The pixels of a figure's PNG (H, W, 3)."""
+    content = evaluate.figure_bytes(figure, "picture.png")
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+MAGIC = {
+    ".png": b"\x89PNG\r\n\x1a\n",
+    ".jpg": b"\xff\xd8\xff",
+    ".pdf": b"%PDF-",
+    ".svg": b"<?xml",
+}
+
+
+@pytest.mark.parametrize("ending", evaluate.PICTURES)
+def test_each_ending_of_a_picture_gives_a_file_of_that_type(ending):
+    figures = [
+        evaluate.grid_figure(torch.zeros(4, 1, 8, 8), caption="four"),
+        evaluate.confusion_figure(torch.eye(2).long(), ["a", "b"], "two"),
+        evaluate.map_figure(np.eye(2), [0, 1], ["a", "b"], "two", "PCA"),
+    ]
+    for figure in figures:
+        for name in (f"picture{ending}", f"folder/PICTURE{ending.upper()}"):
+            content = evaluate.figure_bytes(figure, name)
+            assert content.startswith(MAGIC[ending])
+            assert ending != ".svg" or b"<svg" in content
+
+
+def test_a_map_has_a_colour_and_a_legend_entry_a_class_a_title_and_its_method():
+    points, labels = np.random.default_rng(0).normal(size=(60, 2)), np.arange(60) % 3
+    figure = evaluate.map_figure(points, labels, ["a", "b", "c"], "latents", "PCA (why)")
+    (axes,) = figure.axes
+    assert axes.get_title() == "latents"
+    assert axes.get_xlabel() == "PCA (why), first axis"
+    assert axes.get_ylabel() == "second axis"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "c"]
+    for k, group in enumerate(axes.collections):
+        np.testing.assert_array_equal(group.get_offsets(), points[labels == k])
+    assert len({tuple(group.get_facecolor()[0]) for group in axes.collections}) == 3
+
+
+def test_a_maps_far_points_do_not_shrink_the_others():
+    points = np.random.default_rng(0).normal(size=(2000, 2))
+    points[0] = 1e6
+    (axes,) = evaluate.map_figure(points, np.zeros(2000), ["a"], "title", "PCA").axes
+    for low, high in (axes.get_xlim(), axes.get_ylim()):
+        assert -6 < low < -2.5
+        assert 2.5 < high < 6
+
+
+@pytest.mark.parametrize("classes", [1, 10, 11, 60])
+def test_a_maps_legend_has_room_for_any_number_of_classes_each_of_its_own_colour(classes):
+    names = [f"class {k}" for k in range(classes)]
+    points = np.random.default_rng(0).normal(size=(classes, 2))
+    figure = evaluate.map_figure(points, np.arange(classes), names, "title", "PCA")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert len({tuple(group.get_facecolor()[0]) for group in axes.collections}) == classes
+    whole, box, plot = figure.bbox, legend.get_window_extent(), axes.get_window_extent()
+    assert whole.x0 <= plot.x0 < plot.x1 <= box.x0 < box.x1 <= whole.x1  # beside the points
+    assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+    assert plot.width > whole.width / 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_arranged_each_pixel_for_pixel_at_its_place(channels):
+    images = noise(5, channels, 3, 4)
+    sheet = evaluate.arrange(images.float() / 127.5 - 1, columns=3)
+    expected = np.zeros((channels, 2 + 2 * 5, 2 + 3 * 6), np.uint8)  # black where there is none
+    for i, image in enumerate(images.numpy()):
+        top, left = 2 + 5 * (i // 3), 2 + 6 * (i % 3)
+        expected[:, top : top + 3, left : left + 4] = image
+    assert np.array_equal(sheet, expected[0] if channels == 1 else expected.transpose(1, 2, 0))
+
+
+def test_pixels_beyond_the_range_are_clipped_and_not_wrapped():
+    images = torch.tensor([-9.0, -1, 0, 1, 9]).view(5, 1, 1, 1)
+    assert evaluate.arrange(images, 5, gap=0).tolist() == [[0, 0, 128, 255, 255]]
+
+
+@pytest.mark.parametrize("caption", ["", "what it is"])
+@pytest.mark.parametrize(
+    ("shape", "columns"), [((1, 1, 28, 28), None), ((7, 3, 32, 32), 2), ((64, 1, 9, 20), None)]
+)
+def test_a_grids_png_has_600_pixels_or_more_and_each_of_an_image_as_one_square(
+    shape, columns, caption
+):
+    images = noise(*shape).float() / 127.5 - 1
+    picture = shown(evaluate.grid_figure(images, columns, caption)).astype(int)
+    sheet = evaluate.arrange(images, columns or round(len(images) ** 0.5)).astype(int)
+    height, width = sheet.shape[:2]
+    scale = picture.shape[1] // width
+    assert min(picture.shape[:2]) >= 600
+    assert picture.shape[1] == scale * width
+    assert (picture.shape[0] > scale * height) == bool(caption)  # below the images
+    enlarged = sheet.repeat(scale, 0).repeat(scale, 1)
+    enlarged = enlarged if enlarged.ndim == 3 else enlarged[:, :, None]
+    assert abs(picture[: scale * height] - enlarged).max() <= 1
+    assert (picture[scale * height :] < 100).any() == bool(caption)  # ink
+
+
+@pytest.mark.parametrize("words", [1, 8, 30])
+def test_a_caption_loses_no_word_and_stays_within_the_picture(words):
+    caption = " ".join(["wordy"] * words)
+    figure = evaluate.grid_figure(torch.zeros(4, 1, 28, 28), caption=caption)
+    figure.draw_without_rendering()
+    (text,) = figure.texts
+    assert text.get_text().split() == caption.split()
+    box = text.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= 44
 
 
 def test_tables_hold_each_figure_in_its_column():
@@ -225,10 +558,57 @@ def test_tables_hold_each_figure_in_its_column():
     assert evaluate.table(rows).splitlines()[-1].split() == ["jem", "-", "91.00"]
 
 
-def test_the_confusion_picture_has_a_cell_for_each_pair():
-    counts = torch.tensor([[5, 0], [1, 4]])
-    picture = Image.open(io.BytesIO(evaluate.confusion_png(counts, ["a", "b"], cell=40)))
-    assert picture.size == (120, 120)
-    diagonal, empty = picture.getpixel((40 + 38, 40 + 2)), picture.getpixel((80 + 38, 40 + 2))
-    assert diagonal < 20
-    assert empty == 255
+def test_arrays_come_back_from_an_npz():
+    arrays = {"mean": np.random.default_rng(0).normal(size=(3, 2)), "labels": np.arange(3)}
+    read = np.load(io.BytesIO(evaluate.npz_bytes(arrays)))
+    assert read.files == list(arrays)
+    for name in arrays:
+        np.testing.assert_array_equal(read[name], arrays[name])
+
+
+def test_the_confusion_picture_is_labelled_and_shows_a_count_and_a_share_for_each_pair():
+    counts = torch.tensor([[5, 0, 3], [1, 4, 0], [0, 0, 0]])
+    figure = evaluate.confusion_figure(counts, ["cat", "dog", "emu"], "1-NN")
+    axes, bar = figure.axes
+    assert axes.get_title() == "1-NN"
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true", "predicted")
+    assert bar.get_ylabel() == "share of the true class"
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == ["cat", "dog", "emu"]
+    cells = {text.get_position()[::-1]: text.get_text() for text in axes.texts}
+    assert cells == {(i, j): str(counts[i, j].item()) for i in range(3) for j in range(3)}
+    share = [[5 / 8, 0, 3 / 8], [1 / 5, 4 / 5, 0], [0, 0, 0]]  # row by row
+    np.testing.assert_allclose(axes.images[0].get_array(), share)
+    assert axes.images[0].get_clim() == (0, 1)
+    assert min(shown(figure).shape[:2]) >= 500
+
+
+def hundred_classes():
+    """Counts, in which classes 30 to 79 alone have errors: ten of their hundred images."""
+    counts = torch.full((100,), 100).diag()
+    for k in range(30, 80):
+        counts[k, k] -= 10
+        counts[k, 30 + (k - 29) % 50] += 10
+    return counts, [f"class {k}" for k in range(100)]
+
+
+def test_of_100_classes_the_picture_has_the_50_with_most_errors_and_says_so():
+    figure = evaluate.confusion_figure(*hundred_classes(), "1-NN")
+    axes, _ = figure.axes
+    assert axes.get_title() == "1-NN\nthe 50 of 100 classes with most errors"
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text() for label in labels] == [f"class {k}" for k in range(30, 80)]
+    assert axes.images[0].get_array().shape == (50, 50)
+    assert not axes.texts  # no room
+    assert len(shown(figure)) >= 600
+
+
+def test_shares_of_a_true_class_are_of_all_its_images_also_where_classes_are_left_out():
+    counts, names = hundred_classes()
+    counts[40, 40] -= 60
+    counts[40, :20] += 3  # of 100 images of class 40, 60 are taken for classes that are not shown
+    axes, _ = evaluate.confusion_figure(counts, names, "1-NN").axes
+    row = [label.get_text() for label in axes.get_yticklabels()].index("class 40")
+    share = np.asarray(axes.images[0].get_array())[row]
+    assert share[row] == pytest.approx(0.3)
+    assert share.sum() == pytest.approx(0.4)

@@ -296,14 +296,14 @@ def test_buffer_and_generator_state_bring_back_the_same_draws():
 # Learning by persistent contrastive divergence
 
 
-def learn(model, images, settings, updates, rate, generator):
+def learn(model, images, settings, updates, batch, rate, generator):
     """Trains on `images` by chains that persist: the 200 of them at the end."""
     sampler = models.MODELS[model.config.name].chains
     move = sampling.mover(sampler, model, model.energy, settings.steps, settings, generator)
     buffer = sampling.ReplayBuffer(200, images.shape[1:], settings.reuse, generator)
     optimiser = torch.optim.Adam(model.parameters(), rate, betas=(0.0, 0.999))
     for _ in range(updates):
-        x = images[torch.randint(len(images), (16,), generator=generator)]
+        x = images[torch.randint(len(images), (batch,), generator=generator)]
         slots, start = buffer.draw(x)
         chains = buffer.images[slots] = move(start)
         optimiser.zero_grad()
@@ -329,11 +329,11 @@ def test_an_rbm_learns_what_no_model_of_separate_pixels_can():
 
     assert math.isclose(log_likelihood(), -9 * math.log(2), abs_tol=0.05)
     settings = cebm.compose("rbm-mnist", ["chains.steps=5"]).chains
-    learn(model, images, settings, 1000, 0.01, seeded())
+    learn(model, images, settings, 1000, 50, 0.01, seeded())
     assert -math.log(14) >= log_likelihood() > -9 * math.log(2) + 1.5
 
 
-@pytest.mark.parametrize("name", ["cebm", "gmm-cebm", "igebm"])
+@pytest.mark.parametrize("name", ["cebm", "igebm"])
 def test_an_energy_learns_two_shapes_from_noisy_images_and_its_chains_draw_both(name):
     small = "model.channels=[8,8,8,8]", "model.hidden=16", "model.latent=8"
     model, _ = build(f"{name}-mnist", (1, 8, 8), *small)
@@ -355,7 +355,7 @@ def test_an_energy_learns_two_shapes_from_noisy_images_and_its_chains_draw_both(
 
     assert abs(margin()) < 0.1
     settings = cebm.compose(f"{name}-mnist", ["chains.steps=10"]).chains
-    chains = learn(model, images, settings, 150, 2e-3, generator)
+    chains = learn(model, images, settings, 250, 16, 2e-3, generator)
     assert margin() > 1
     # Squared distance of a pixel from the nearer shape: 0.04 of images, 1.2 of noise.
     distance, nearer = (chains[:, None] - shapes).square().flatten(2).mean(2).min(1)
