@@ -92,6 +92,6 @@ def test_the_readmes_two_lines_name_files_that_are_there_and_ci_runs_the_second(
 def test_every_setting_that_the_manual_shows_is_a_right_value_of_a_known_key():
     settings = re.findall(r'--set\s+(?:"([^"]+)"|([^\s`]+))', MANUAL)
     assert len(settings) > 20
-    for setting in {"".join(pair) for pair in settings}:
+    for setting in {"".join(pair) for pair in settings} - {"train.seed=N"}:
         key, value = cebm.parse_setting(setting)
         cebm.parse_value(key, value)
