@@ -40,7 +40,7 @@ from typing import (
 
 import click
 import yaml
-from click import ClickException as Failure  # one message on stderr, exit status 1
+from click import ClickException as Failure  # one message on stderr, exit status 1; UsageError: 2
 from click.core import ParameterSource
 
 
@@ -50,7 +50,9 @@ def lazy_import(name: str):
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
     if spec is None:
-        raise SystemExit(f"{name} is not installed here: . .venv/bin/activate, or see README.md")
+        raise SystemExit(
+            f"{name} is not installed: activate the environment (. .venv/bin/activate)"
+        )
     spec.loader = importlib.util.LazyLoader(spec.loader)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,15 +72,17 @@ else:
         lazy_import, ("torch", "data", "evaluate", "models", "sampling")
     )
 
-# Configuration. A section of a configuration is a dataclass; a key's type, bounds and meaning stand
-# beside it. The numbers themselves are in configs.yaml.
+# -------------------------------------------------------------------------------- Configuration
+#
+# A section of a configuration is a dataclass; a key's type, bounds and meaning stand beside it. The
+# numbers themselves are in configs.yaml.
 
 CONFIGS = Path(__file__).parent / "configs.yaml"
 
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number, or of each number of a tuple; both are allowed."""
+    """Inclusive bounds of a number, or of each number of a tuple."""
 
     low: float
     high: float
@@ -92,7 +96,7 @@ class DataConfig:
     image: Annotated[tuple[int, int, int], Between(1, 512), "channels, height and width in pixels"]
     classes: Annotated[int, Between(1, 10_000), "how many there are"]
     noise_std: Annotated[
-        float, Between(0, 10), "deviation of the noise on training images, in pixels of [-1, 1]"
+        float, Between(0, 10), "standard deviation of the noise on training images in [-1, 1]"
     ]
     extra: Annotated[bool, "SVHN: train on its extra images too"]
 
@@ -117,10 +121,12 @@ class ModelConfig:
         int, Between(1, 10_000), "of the Gaussian prior; 1 is N(0, I), more are learned"
     ]
     prior_mean_std: Annotated[
-        float, Between(0, 1000), "components start with means of this deviation"
+        float, Between(0, 1000), "its components start with means of this standard deviation"
     ]
     prior_std: Annotated[
-        tuple[float, float], Between(0.001, 1000), "and with deviations uniform between these two"
+        tuple[float, float],
+        Between(0.001, 1000),
+        "they start with standard deviations uniform between these two",
     ]
     represent: Annotated[
         Literal["mixture", "component"],
@@ -134,7 +140,7 @@ class ModelConfig:
     ]
     standardise: Annotated[bool, "BiGAN: its encoder's means over a batch"]
     visible_std: Annotated[
-        float, Between(0.001, 1000), "EFH: deviation of x given z, in pixels of [-1, 1]"
+        float, Between(0.001, 1000), "EFH: standard deviation of pixels in [-1, 1] given z"
     ]
 
 
@@ -150,18 +156,18 @@ class ChainConfig:
     ]
     step_size: Annotated[float, Between(0, 1e6), "what a step multiplies the gradient by"]
     noise_std: Annotated[
-        float, Between(0, 1000), "deviation of a step's noise, in pixels of [-1, 1]"
+        float, Between(0, 1000), "standard deviation of a step's noise on pixels in [-1, 1]"
     ]
     bound: Annotated[
-        float, Between(0, 1000), "chains stay within it, in pixels of [-1, 1]; 0: none"
+        float, Between(0, 1000), "pixels of chains stay within plus and minus it; 0: no bound"
     ]
     buffer: Annotated[int, Between(1, 10_000_000), "chains that persist"]
-    reuse: Annotated[float, Between(0, 1), "chance that a drawn chain does not start anew"]
+    reuse: Annotated[float, Between(0, 1), "probability that a drawn chain is not restarted"]
     data_restarts: Annotated[
-        float, Between(0, 1), "share of restarts that are training images with noise, not noise"
+        float, Between(0, 1), "share of restarts from training images with noise; others: noise"
     ]
     restart_std: Annotated[
-        float, Between(0, 1000), "deviation of the noise on them, in pixels of [-1, 1]"
+        float, Between(0, 1000), "standard deviation of the noise on these images"
     ]
 
 
@@ -179,7 +185,7 @@ class TrainConfig:
     decay: Annotated[Literal["none", "cosine"], "of the rate, to 0 at the last update"]
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        "of convolutions; auto: what the hardware is fast in",
+        "of convolutions; auto: the one that the hardware is faster in",
     ]
     compile: Annotated[bool, "on a GPU, the energy that chains descend; half a minute at first"]
     threads: Annotated[int, Between(0, 4096), "of a CPU; 0: torch's choice, one a core"]
@@ -206,19 +212,21 @@ class GuardConfig:
     gap: Annotated[
         float,
         Between(1e-3, 1e30),
-        "mean E(data) - mean E(chains) up to which a run is healthy whatever came before",
+        "size of mean E(data) - mean E(chains) that is always healthy",
     ]
     pixels: Annotated[
-        float, Between(1, 1e30), "the same of the chains' pixels, beyond what noise alone reaches"
+        float, Between(1, 1e30), "size of chains' pixels that is always healthy; noise comes on top"
     ]
     runaway: Annotated[
-        float, Between(1, 1e30), "how many times these, or their last level, is too much"
+        float,
+        Between(1, 1e30),
+        "how many times the larger of these and their recent level is too much",
     ]
     every: Annotated[int, Between(1, 1_000_000_000), "updates from one check to the next"]
     same_rate: Annotated[
         int, Between(0, 1_000_000), "rollbacks that keep the rate; each later one halves it"
     ]
-    rollbacks: Annotated[int, Between(0, 1_000_000), "of a run, after which it ends"]
+    rollbacks: Annotated[int, Between(0, 1_000_000), "the run ends after more of them than this"]
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """What may be said of a key of a section: `count` values of a type, in bounds or of words."""
+    """Type, size, allowed values and meaning of a key of the configuration."""
 
     kind: type
     count: int | None  # None: one value, not a tuple
@@ -304,8 +312,8 @@ def all_keys() -> dict[str, Key]:
 
 def nearest_word(word: object, known) -> str:
     """What may have been meant by `word`, for the end of a message."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known)}"
+    close = difflib.get_close_matches(str(word), list(map(str, known)), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(map(str, known))}"
 
 
 def shorten(value: object) -> str:
@@ -381,8 +389,12 @@ class LocatingLoader(yaml.SafeLoader):
         mapping.line, mapping.lines = node.start_mark.line + 1, {}
         yield mapping
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                mapping.lines[key.value] = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="not a key", problem_mark=key.start_mark)
+            if key.value in mapping.lines and key.value != "<<":
+                problem = f"{key.value} for the second time"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            mapping.lines[key.value] = key.start_mark.line + 1
         mapping.update(self.construct_mapping(node))
 
 
@@ -421,8 +433,10 @@ def check_recipes(book: dict[str, LocatedMapping]) -> None:
     for name in book["models"]:
         entry = book["models"].get_mapping(name)
         check_entry(book, entry, {"recipe": "recipes"}, others=("data",))
-        for source in entry.get("data") or ():
-            if source not in book["data"]:
+        if not isinstance(entry.get("data"), list):
+            entry.fail("data", f"data of {name} has to be a list of data sets")
+        for source in entry["data"]:
+            if str(source) not in book["data"]:
                 entry.fail("data", f"{source} is not in data{nearest_word(source, book['data'])}")
     for name in book["presets"]:
         entry = book["presets"].get_mapping(name)
@@ -464,7 +478,7 @@ def check_entry(book, entry: LocatedMapping, named: dict[str, str], others=()) -
         if key not in allowed:
             entry.fail(key, f"unknown key {key}{nearest_word(key, allowed)}")
     for key, part in named.items():
-        if entry.get(key) not in book[part]:
+        if str(entry.get(key)) not in set(book[part]) - {"common"}:
             known = nearest_word(entry.get(key), book[part])
             entry.fail(key, f"{key} {entry.get(key)} is not in {part}{known}")
     if "set" in entry:
@@ -478,7 +492,7 @@ def all_presets(book: dict[str, LocatedMapping]) -> dict[str, dict]:
         for name, entry in book["presets"].items()
     }
     for model, entry in book["models"].items():
-        for source in entry.get("data") or ():
+        for source in entry["data"]:
             presets[f"{model}-{source}"] = {"model": model, "data": source, "set": {}}
     for variant, entry in book["variants"].items():
         for base, settings in entry["of"].items():
@@ -530,23 +544,33 @@ def parse_setting(setting: str) -> tuple[str, object]:
         raise click.UsageError(f"--set {name}: {shown} is not a YAML value") from None
 
 
-def check(config: Config) -> None:
-    """UsageError where the model is not for such images, or has no slot for each chain."""
-    kind, image = models.MODELS[config.model.name], config.data.image
+def check(config: Config, processes: int = 1) -> None:
+    """UsageError where a model is not for such images, or batch and buffer are not for it."""
+    kind, name, train = models.MODELS[config.model.name], config.model.name, config.train
+    image = config.data.image
     if kind.sides:
-        sides = " or ".join(f"{side} x {side}" for side in kind.sides)
+        sizes = " or ".join(f"{side} x {side}" for side in kind.sides)
         fits = image[1] == image[2] and image[1] in kind.sides
     else:
-        sides, fits = "at least 8 x 8", min(image[1:]) >= 8
+        sizes, fits = "at least 8 x 8", min(image[1:]) >= 8
     if not fits:
-        name = config.model.name
         raise click.UsageError(
-            f"data.image = {list(image)}: {name} is for images of {sides} pixels"
+            f"data.image = {list(image)}: {name} is for images of {sizes} pixels"
         )
-    if kind.chains and config.train.batch > config.chains.buffer:
+    shared = {"train.batch": train.batch}
+    if kind.chains:
+        shared["chains.buffer"] = config.chains.buffer
+        if train.batch > config.chains.buffer:
+            raise click.UsageError(
+                f"train.batch = {train.batch} must not exceed chains.buffer = "
+                f"{config.chains.buffer}, a slot for each chain"
+            )
+    for key, number in shared.items():
+        if number % processes:
+            raise click.UsageError(f"{key} = {number}: not a multiple of {processes} processes")
+    if config.model.standardise and train.batch == processes:
         raise click.UsageError(
-            f"train.batch = {config.train.batch} must not exceed chains.buffer = "
-            f"{config.chains.buffer}, a slot for each chain"
+            f"train.batch = {train.batch}: too small, means of one image cannot be standardised"
         )
 
 
@@ -554,7 +578,7 @@ def as_yaml(tree: object) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
 
 
-# Checkpoints
+# ---------------------------------------------------------------------------------- Checkpoints
 
 FORMAT = 7  # of a checkpoint; another is refused
 
@@ -568,7 +592,7 @@ class Rollback(TypedDict):
 
 
 class Evaluable(TypedDict, total=False):
-    """What every checkpoint holds: a trained model. `checkpoints/` has files of no more."""
+    """What every checkpoint holds: a trained model. Files in `checkpoints/` hold only this."""
 
     format: int
     preset: str
@@ -586,7 +610,7 @@ class Evaluable(TypedDict, total=False):
 
 
 class Snapshot(TypedDict, total=False):
-    """What training changes, after `updates` updates; of several processes, of all."""
+    """What training changes, after `updates` updates. With several processes: that of all."""
 
     updates: int
     model: dict[str, torch.Tensor]
@@ -613,9 +637,9 @@ REQUIRED = "format", "preset", "config", "updates", "model"  # the rest only to 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces `path`, or what it links to, whole or not at all; Failure says why not."""
     target = Path(os.path.realpath(path))
-    draft = target.parent / f".{secrets.token_hex(8)}.draft"
+    require_regular(target, f"cannot write {path}")
+    draft = target.parent / f".{secrets.token_hex(8)}.draft"  # a name that nobody else has
     try:
-        require_regular(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "xb") as file:
             file.write(content)
@@ -626,19 +650,21 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(draft, target)
         sync_folder(target.parent)
     except OSError as error:
+        raise Failure(f"cannot write {path}: {error.strerror}; what was there is intact") from error
+    finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise Failure(f"cannot write {path}: {error.strerror}; what was there is intact") from error
 
 
-def require_regular(path: Path) -> None:
-    """OSError where there is something else than a file: a folder, a device, a pipe."""
-    if path.exists() and not path.is_file():
-        raise OSError(0, "it is no regular file")
+def require_regular(path: Path, problem: str) -> None:
+    """Failure where there is something else than a file: a folder, a device, a pipe."""
+    with suppress(OSError):  # of names that are too long, which opening it will tell
+        if path.exists() and not path.is_file():
+            raise Failure(f"{problem}: it is no regular file")
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a new name last; not every file system can, and the file is there already."""
+    """Flushes the names in a folder to the disk, where the file system can do so."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -654,21 +680,20 @@ def require_writable(path: str | None, endings, inputs=()) -> None:
     """
     if path is None:
         return
-    target = Path(os.path.realpath(path))
+    target, problem = Path(os.path.realpath(path)), f"cannot write {path or '.'}"
+    require_regular(target, problem)
+    if target in (Path(os.path.realpath(other)) for other in inputs):
+        raise Failure(f"{problem}: it is what the command reads")
+    if target.suffix.lower() not in endings:
+        raise Failure(f"{problem}: its name has to end in {' or '.join(endings)}")
     try:
-        require_regular(target)
-        if target in (Path(os.path.realpath(other)) for other in inputs):
-            raise OSError(0, "it is what the command reads")
-        if target.suffix.lower() not in endings:
-            raise OSError(0, f"its name has to end in {' or '.join(endings)}")
+        target.exists()  # raises if the name is too long
         folder = next(parent for parent in target.parents if parent.exists())
-        if not folder.is_dir():
-            raise OSError(0, f"{folder} is no folder")
         draft = folder / f".{secrets.token_hex(8)}.draft"
         draft.touch(exist_ok=False)
         draft.unlink()
     except OSError as error:
-        raise Failure(f"cannot write {path or '.'}: {error.strerror}") from error
+        raise Failure(f"{problem}: {error.strerror}") from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -680,25 +705,31 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path) -> Checkpoint:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
+    read_recipes()  # a mistake there is no fault of the file
+    problem = f"{path} is no whole checkpoint of format {FORMAT}"
+    require_regular(Path(path), problem)
     try:
-        require_regular(Path(path))
         require_sound_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
-            raise Failure(f"it is of format {state['format']}")
-        check_checkpoint(state)
+            raise ValueError(f"it is of format {state['format']}")
+        complete_and_check(state)
         return state
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
-        reason = getattr(error, "message", None) or getattr(error, "strerror", None)
-        reason = reason or (str(error) if type(error) is ValueError else type(error).__name__)
-    raise Failure(f"{path} is no whole checkpoint of format {FORMAT} ({reason}): take another copy")
+        if isinstance(error, click.UsageError):
+            reason = error.message
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:
+            reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise Failure(f"{problem} ({reason}): take another copy") from error
 
 
 def require_sound_archive(path) -> None:
-    """ValueError unless all entries have their sums, which torch itself does not check.
+    """ValueError unless all entries have their checksums, which torch itself does not look at.
 
-    torch stores entries as they are, reads by another size than the sum is of, and reads nothing
-    of one that is marked as a folder.
+    Compressed entries, entries of two sizes and entries marked as folders are refused as well:
+    torch would read other bytes than those that the checksum is of.
     """
     folder = 0x10  # of MS-DOS
     with zipfile.ZipFile(path) as archive:
@@ -711,10 +742,10 @@ def require_sound_archive(path) -> None:
             raise ValueError(f"{damaged} is damaged")
 
 
-def check_checkpoint(state: dict) -> None:
-    """ValueError or Failure unless `state` is a `Checkpoint` of a known configuration.
+def complete_and_check(state: dict) -> None:
+    """ValueError or UsageError unless `state` is a `Checkpoint` of a right configuration.
 
-    Keys that the configuration lacks, since they came later, get the value of recipes.common.
+    Keys that its configuration lacks, since they came later, get the value of recipes.common.
     """
     hints = get_type_hints(Checkpoint)
     for key in REQUIRED:
@@ -782,28 +813,32 @@ def new_model(config: Config, device="cpu"):
 
 def require_memory(config: Config, device, training=False) -> None:
     """Failure where a model, or a run of it, cannot fit into this machine's memory."""
+    if torch.device(device).type != "cpu" or not hasattr(os, "sysconf"):  # Windows has none
+        return
     with torch.device("meta"):
         model = models.build(config.model, config.data.image, config.data.classes)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    if training:  # gradients, Adam's moments, two snapshots; chains; activations of the trunk
+    if training:
         channels, height, width = config.data.image
-        maps = 2 * sum(width / 4**i for i, width in enumerate(config.model.channels))
-        chains = 4 * channels * config.chains.buffer
-        numbers = 12 * numbers + height * width * (chains + maps * config.train.batch)
+        numbers *= 12  # gradients, Adam's moments, snapshots
+        if models.MODELS[config.model.name].chains:
+            numbers += 4 * config.chains.buffer * channels * height * width
+        for i, maps in enumerate(config.model.channels):  # activations before and after
+            numbers += 2 * config.train.batch * maps * height * width / 4**i
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.device(device).type == "cpu" and 4 * numbers > memory:
+    if 4 * numbers > memory:
         raise Failure(
-            f"model, batch or buffer need {4 * numbers / 2**30:,.0f} GiB of memory, here are "
-            f"{memory / 2**30:.0f}: choose smaller ones"
+            f"model, batch or buffer would need {4 * numbers / 2**30:,.0f} GiB of memory; this "
+            f"machine has {memory / 2**30:.0f}: choose smaller ones"
         )
 
 
-def load_images(config: Config, split: str, data_dir: str):
+def load_images(config: Config, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) and labels (N,) of the data that `config` names."""
     settings = config.data
     images, labels = data.load(settings.name, split, data_dir, settings.image, settings.extra)
     found = int(labels.max()) + 1
-    if found != settings.classes:
+    if found > settings.classes or (split == "train" and found < settings.classes):
         raise Failure(
             f"{settings.name}: {found} classes, not {settings.classes} "
             f"(train --set classes={found})"
@@ -811,7 +846,7 @@ def load_images(config: Config, split: str, data_dir: str):
     return images, labels
 
 
-# Training
+# ------------------------------------------------------------------------------------- Training
 
 
 @dataclass(frozen=True)
@@ -934,7 +969,7 @@ class Trainer:
         if steps != self.mover_steps:
             self.mover_steps, self.mover = steps, self.new_mover(steps)
         chains = self.mover(chains)
-        self.buffer.images[slots] = chains
+        self.buffer.store(slots, chains)
         return chains
 
     def new_mover(self, steps: int):
@@ -1023,7 +1058,7 @@ class Trainer:
 
 @lru_cache(maxsize=1)
 def epoch_order(seed: int, epoch: int, count: int, device) -> Tensor:
-    """The order of `count` images in an epoch, on the device: the one wait for it in an epoch."""
+    """The order of `count` images in an epoch, moved to the device once and kept."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).to(device)
 
@@ -1043,26 +1078,30 @@ def move_average(average, model, decay: float) -> None:
 
 
 class Guard:
-    """Looks whether a run diverges, and keeps the states that it goes back to.
+    """Looks whether a run diverges, and keeps the states that it can go back to.
 
-    Magnitudes of the loss, of mean energies and of the weights have one bound. Of Langevin chains
-    the energy gap and the pixels may be `runaway` times their level: what they reached before the
-    last good state, at least the floor up to which any run is healthy. At a checkpoint that state
-    is the one of the checkpoint before, after which all stayed healthy for a whole interval.
+    The loss, mean energies and the weights have one fixed bound. Of Langevin chains the energy gap
+    and the pixels may reach `runaway` times their level: what they reached in the interval before
+    the good state, but at least the floor up to which any run is healthy.
+
+    A regular checkpoint shows nothing about its own state, which may be on its way out. It shows
+    that the one before, the candidate, was followed by a whole healthy interval: that becomes good,
+    and the new state the candidate. So with checkpoints at 200, 400, 600 a run that diverges at 650
+    goes back to 400, and is judged by the level of 200 to 400, the interval that ended there.
     """
 
     def __init__(self, config: Config, snapshot: Snapshot, processes: Processes):
         self.settings, self.processes = config.guard, processes
         self.floor = magnitudes_of_health(config)
-        self.level: dict[str, float] = {}
-        self.greatest = torch.zeros(())  # then one a metric, since the last checkpoint
         self.names: list[str] = []  # of the metrics
         self.found: dict[str, float] = {}  # what the last verdict saw
         self.begin(snapshot)
 
     def begin(self, snapshot: Snapshot) -> None:
-        """A run begins: no rollbacks, and nothing earlier to go back to."""
+        """A run begins: no rollbacks, no level, and nothing earlier to go back to."""
         self.rollbacks: list[Rollback] = []
+        self.level: dict[str, float] = {}
+        self.greatest = torch.zeros(())  # then one a metric, since the last checkpoint
         self.good = self.candidate = self.stamp(snapshot)
 
     @property
@@ -1077,7 +1116,7 @@ class Guard:
         self.greatest = torch.maximum(magnitudes, self.greatest.to(magnitudes.device))
 
     def verdict(self, model) -> str | None:
-        """What is not healthy of all that was observed and of the weights, if anything.
+        """Describes the first unhealthy magnitude since the last checkpoint, or returns None.
 
         Waits for the device. NaN counts as infinite.
         """
@@ -1089,11 +1128,14 @@ class Guard:
         return out_of_bounds(self.found, self.good["level"], self.floor, self.settings)
 
     def stamp(self, state: Snapshot) -> Snapshot:
-        """`state` with what the guard has seen until then."""
+        """`state` together with what the guard has seen up to it."""
         return {**state, "level": self.level, "greatest": self.greatest}
 
     def accept(self, state: Snapshot) -> Snapshot:
-        """A checkpoint: the candidate becomes good, and `state` the candidate, which it returns."""
+        """At a regular checkpoint, after a verdict of None: returns `state`, the new candidate.
+
+        The level is at most `runaway` times the floor, so that it cannot creep up without end.
+        """
         ceiling = self.settings.runaway
         self.level = {k: min(self.found[k], ceiling * v) for k, v in self.floor.items()}
         self.greatest = torch.zeros_like(self.greatest)
@@ -1101,7 +1143,7 @@ class Guard:
         return self.candidate
 
     def roll_back(self, trainer: Trainer, reason: str) -> Snapshot:
-        """The trainer goes back to the good state, with new random numbers: its new snapshot."""
+        """Takes the trainer back to the good state, with new random numbers; returns that state."""
         record: Rollback = {"update": trainer.update, "to": self.good["updates"], "why": reason}
         self.rollbacks.append(record)
         trainer.load_state_dict(self.good)
@@ -1124,7 +1166,7 @@ class Guard:
 
 
 def magnitudes_of_health(config: Config) -> dict[str, float]:
-    """Up to which gap and pixels a run of Langevin chains is healthy, whatever came before."""
+    """The gap and the pixels up to which any run of Langevin chains is healthy."""
     if models.MODELS[config.model.name].chains != "langevin":
         return {}
     chains = config.chains
@@ -1134,7 +1176,10 @@ def magnitudes_of_health(config: Config) -> dict[str, float]:
 
 
 def out_of_bounds(found: dict, level: dict, floor: dict, guard: GuardConfig) -> str | None:
-    """Which of the magnitudes `found` is not healthy, if any; NaN and a dead gap of 0 are not."""
+    """Describes the first unhealthy one of the magnitudes `found`, or returns None.
+
+    NaN is unhealthy, and so is a gap that was there and is exactly 0: all energies are the same.
+    """
     for name, value in found.items():
         healthy = max(floor.get(name, math.inf), level.get(name, 0.0))
         bound = min(guard.energy_bound, guard.runaway * healthy)
@@ -1145,35 +1190,36 @@ def out_of_bounds(found: dict, level: dict, floor: dict, guard: GuardConfig) -> 
 
 
 class Stop:
-    """Within it Ctrl-C, SIGTERM and SIGHUP ask a run to save and end, in place of ending it.
+    """Within this context Ctrl-C, SIGTERM and SIGHUP ask a run to save and end.
 
-    `requested` is what all processes have agreed on. Signals that were ignored before (`nohup`)
-    stay so.
+    `requested` is what all processes have agreed on. Signals that were ignored before stay so, as
+    SIGHUP under `nohup`.
     """
 
     def __init__(self):
-        self.signalled = self.requested = False
+        self.asked = self.requested = False
         self.previous = {}
 
     def __enter__(self) -> Stop:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                self.previous[number] = signal.signal(number, self.signal)
+                self.previous[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def signal(self, *_) -> None:
-        self.signalled = True
+    def ask(self, *_) -> None:
+        """The run is to end after the update that it is in."""
+        self.asked = True
 
     def agree(self, processes: Processes, device) -> None:
         """Every process ends if one was asked to."""
-        self.requested = self.signalled
+        self.requested = self.asked
         if processes.count > 1:
-            flag = torch.tensor(float(self.signalled), device=device)
+            flag = torch.tensor(float(self.asked), device=device)
             self.requested = bool(processes.reduce_max(flag))
 
 
@@ -1216,16 +1262,16 @@ class RunLog:
         self.say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
 
     def say(self, line: str) -> None:
-        """Prints a line. Where nobody reads it any more, the run saves and ends.
+        """Prints a line. If it cannot be printed, the run saves and ends.
 
-        Of `train | tee log` Ctrl-C ends tee first; a disk may be full.
+        Ctrl-C of `train | tee log` ends tee first; or stdout is a file on a full disk.
         """
         if not self.writes:
             return
         try:
             click.echo(line)
         except OSError:
-            self.stop.signal()
+            self.stop.ask()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -1239,11 +1285,17 @@ class RunFolder:
     origin: str
     precision: str
     device: str
+    data_dir: str
     writes: bool  # of several processes the first alone
 
     @property
     def checkpoint(self) -> Path:
         return self.path / "ckpt.pt"
+
+    @property
+    def data_option(self) -> list[str]:
+        """What commands on this run need to find its data."""
+        return [] if self.config.data.name == "glyphs" else ["--data-dir", str(self.data_dir)]
 
     def begin(self) -> None:
         """Writes the configuration."""
@@ -1274,9 +1326,9 @@ class RunFolder:
         }
         save_checkpoint(self.checkpoint, checkpoint)
 
-    def save_picture(self, update: int, images: Tensor) -> None:
-        """Writes chains, or draws of a generator, into samples/."""
-        if self.writes:
+    def save_picture(self, update: int, images: Tensor | None) -> None:
+        """Writes chains, or draws of a generator, into samples/; None for models without either."""
+        if self.writes and images is not None:
             picture = evaluate.grid_figure(images, caption=f"{self.preset}, update {update}")
             path = self.path / "samples" / f"{update:07d}.png"
             write_atomically(path, evaluate.figure_bytes(picture, path))
@@ -1285,6 +1337,7 @@ class RunFolder:
 def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: Stop) -> None:
     """Trains to `train.updates`, or until a stop is requested; Failure where it keeps diverging."""
     train, processes = trainer.config.train, trainer.processes
+    picture_every = math.ceil(train.updates / train.pictures) if train.pictures else math.inf
     while trainer.update < train.updates and not stop.requested:
         if guard.is_exhausted:
             raise Failure(advice_after_divergence(guard, folder))
@@ -1298,16 +1351,15 @@ def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: St
         regular = update % train.checkpoint_every == 0
         checking = last or regular or update % guard.settings.every == 0
         reason = guard.verdict(trainer.model) if checking else None
-        if update % train.log_every == 0 or last or reason:
+        if last or reason or update % train.log_every == 0:
             log.row(update, metrics, len(guard.rollbacks) + bool(reason))
         if reason:
-            folder.save(guard.roll_back(trainer, reason), guard, log)
+            snapshot = guard.roll_back(trainer, reason)
+            folder.save(snapshot, guard, log)
             log.say(f"update {update}: {reason}; back to update {trainer.update}")
             continue
-        if train.pictures and (update % math.ceil(train.updates / train.pictures) == 0 or last):
-            picture = trainer.picture()
-            if picture is not None:
-                folder.save_picture(update, picture)
+        if update % picture_every == 0 or (last and train.pictures):
+            folder.save_picture(update, trainer.picture())
         if checking or not (trainer.cuda and processes.count > 1):  # else a wait for the device
             stop.agree(processes, trainer.device)
         if last or regular or (stop.requested and trainer.is_finite()):
@@ -1319,13 +1371,13 @@ def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: St
 def advice_after_divergence(guard: Guard, folder: RunFolder) -> str:
     """What happened, and a command that begins anew from the last good state at a lower rate."""
     last, path = guard.rollbacks[-1], folder.checkpoint
-    lower = folder.config.train.rate * 0.5 ** (guard.halvings + 1)
+    rate = folder.config.train.rate * 0.5 ** (guard.halvings + 1)
     command = ["python", "cebm.py", "train", "--preset", folder.preset]
-    for key, value in settings_over(folder.preset, folder.config).items():
-        if key != "train.rate":
-            command += ["--set", f"{key}={json.dumps(value)}"]
-    command += ["--set", f"train.rate={lower:.3g}", "--init-from", str(path)]
-    command += ["--out", f"{folder.path}-calmer"]
+    for setting in settings_over(folder.preset, folder.config):
+        if not setting.startswith("train.rate="):
+            command += ["--set", setting]
+    command += ["--set", f"train.rate={rate:.3g}", "--init-from", str(path)]
+    command += ["--out", f"{folder.path}-calmer", *folder.data_option]
     return (
         f"diverged {len(guard.rollbacks)} times, last at update {last['update']}: {last['why']}. "
         f"{path} is good, of update {last['to']}. From there at a lower train.rate (more "
@@ -1333,30 +1385,42 @@ def advice_after_divergence(guard: Guard, folder: RunFolder) -> str:
     )
 
 
-def settings_over(preset: str, config: Config) -> dict[str, object]:
-    """The settings by which `config` differs from its preset: SECTION.KEY -> value."""
-    usual, flat = flatten(asdict(compose(preset))), flatten(asdict(config))
-    return {key: value for key, value in flat.items() if value != usual[key]}
+def settings_over(preset: str, config: Config) -> list[str]:
+    """The KEY=VALUE settings that make a preset into `config`."""
+    names = [f"model.name={config.model.name}", f"data.name={config.data.name}"]
+    usual = as_settings(compose(preset, names))  # the names bring their own recipes
+    over = [setting for setting in names if setting not in as_settings(compose(preset))]
+    return over + [setting for setting in as_settings(config) if setting not in usual]
+
+
+def as_settings(config: Config) -> list[str]:
+    """Every value as KEY=VALUE."""
+    return [f"{key}={plain(value)}" for key, value in flatten(asdict(config)).items()]
+
+
+def plain(value: object) -> str:
+    """A value as it is typed after --set."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
 
 
 def differences(old: Config, new: Config) -> dict[str, str]:
     """What differs: SECTION.KEY -> "(old, now new)"."""
     before, after = flatten(asdict(old)), flatten(asdict(new))
     return {
-        key: f"({show_value(before[key])}, now {show_value(after[key])})"
+        key: f"({plain(before[key])}, now {plain(after[key])})"
         for key in after
         if before[key] != after[key]
     }
 
 
-def show_value(value: object) -> str:
-    return str(list(value) if isinstance(value, tuple) else value)
-
-
 def obstacles_to_resuming(old: Config, new: Config) -> dict[str, str]:
-    """Differences that make another run: all but speed and, where nothing hangs on it, length."""
+    """Differences that make another run.
+
+    Settings of speed and of what is shown do not, nor does a longer run if no schedule depends on
+    its length.
+    """
     differing = differences(old, new)
-    harmless = ["train.compile", "train.threads"]
+    harmless = ["train.compile", "train.threads", "train.log_every", "train.pictures"]
     flat = all(c.train.decay == "none" and not c.chains.final_steps for c in (old, new))
     if flat and old.train.updates < new.train.updates:
         harmless.append("train.updates")
@@ -1368,15 +1432,18 @@ def claim_folder(folder: Path):
     """Makes a run folder and keeps a second `train` out of it; removes drafts of killed runs."""
     from filelock import FileLock, Timeout  # comes with torch
 
-    lock = FileLock(folder / ".lock")
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        reason = error.strerror
+        raise Failure(f"cannot write to {folder}: {reason}; choose another --out") from error
+    lock = FileLock(folder / ".lock")
+    try:
         lock.acquire(timeout=0)
     except Timeout:
         raise Failure(f"{folder} is in use by another `train`; choose another --out") from None
-    except (NotImplementedError, OSError) as error:
-        if not os.access(folder, os.W_OK):
-            raise Failure(f"cannot write to {folder}: {error}; choose another --out") from error
+    except (NotImplementedError, OSError) as error:  # file systems without locks
         click.echo(f"Warning: {folder} cannot be locked ({error}); start no other `train` there")
     try:
         for draft in [*folder.glob(".*.draft"), *folder.glob("samples/.*.draft")]:
@@ -1392,8 +1459,8 @@ def require_same_run(state: Checkpoint, config: Config, path: Path) -> None:
     if differing:
         listed = ", ".join(f"{key} {how}" for key, how in differing.items())
         raise Failure(
-            f"{path} has other settings, {listed}: choose another --out, there from the start or, "
-            f"with --init-from {shlex.quote(str(path))}, from here"
+            f"{path} has other settings, {listed}: use another --out, and to go on from this state "
+            f"there --init-from {shlex.quote(str(path))}"
         )
 
 
@@ -1411,7 +1478,7 @@ class Start:
         """float32 or bfloat16; a run keeps what it began with, also on another machine."""
         if config.train.precision != "auto":
             return config.train.precision
-        if self.state and not self.branches:
+        if self.state and not self.branches and "precision" in self.state:
             return self.state["precision"]
         return "bfloat16" if sampling.bfloat16_pays(device) else "float32"
 
@@ -1440,8 +1507,9 @@ def branch_origin(state: Checkpoint, config: Config, path: Path) -> str:
     return origin
 
 
-def restore(trainer: Trainer, guard: Guard, log: RunLog, state: Checkpoint, path: Path) -> None:
-    """Goes on from the checkpoint read from `path`; Failure where a part of it does not fit."""
+@contextmanager
+def explained(state: Checkpoint, trainer: Trainer, path: Path):
+    """Failure where a part of the checkpoint read from `path` does not fit the trainer."""
     try:
         there, here = len(state["generators"]), trainer.processes.count
         if there != here:
@@ -1449,27 +1517,33 @@ def restore(trainer: Trainer, guard: Guard, log: RunLog, state: Checkpoint, path
                 f"{path} is of a run of {there} processes, here are {here}: resume it with "
                 f"torchrun --nproc-per-node={there}, or choose another --out"
             )
-        for snapshot in (state["good"], state["candidate"], state):  # the last one stays
-            trainer.load_state_dict(snapshot)
-        guard.resume(state)
-        log.resume(state)
+        yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise Failure(
             f"{path} cannot be resumed, a part is missing or of another shape or device "
-            f"({error!r:.80}): choose another --out"
+            f"({error!r:.80}): begin anew in another --out"
         ) from error
 
 
-def check_shares(config: Config, processes: Processes) -> None:
-    """UsageError where batch or buffer cannot be shared among the processes."""
-    train, count = config.train, processes.count
-    for key, number in (("train.batch", train.batch), ("chains.buffer", config.chains.buffer)):
-        if number % count:
-            raise click.UsageError(f"{key} = {number}: not a multiple of {count} processes")
-    if config.model.standardise and train.batch == count:
-        raise click.UsageError(
-            f"train.batch = {train.batch}: too small, means of one image cannot be standardised"
-        )
+def resume_run(trainer: Trainer, guard: Guard, log: RunLog, state: Checkpoint, path: Path) -> None:
+    """Goes on from a run's own checkpoint, read from `path`."""
+    with explained(state, trainer, path):
+        for snapshot in (
+            state["good"],
+            state["candidate"],
+            state,
+        ):  # all have to fit; the last stays
+            trainer.load_state_dict(snapshot)
+        guard.resume(state)
+        log.resume(state)
+    trainer.halvings = guard.halvings
+
+
+def branch_off(trainer: Trainer, guard: Guard, state: Checkpoint, path: Path) -> None:
+    """Begins a run in the state of another one's checkpoint, read from `path`."""
+    with explained(state, trainer, path):
+        trainer.load_state_dict(state)
+    guard.begin(trainer.state_dict())
 
 
 def load_training_images(config: Config, data_dir: str, processes: Processes):
@@ -1496,7 +1570,7 @@ def train_run(
     processes: Processes,
 ) -> int:
     """Trains into a folder, from its checkpoint if it has one: exit status 0 or 130."""
-    check_shares(config, processes)
+    check(config, processes.count)
     require_memory(config, device, training=True)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -1506,39 +1580,44 @@ def train_run(
         start = find_start(config, preset, folder_path / "ckpt.pt", init_from)
         precision = start.precision(config, device)
         folder = RunFolder(
-            folder_path, config, start.preset, start.origin, precision, device.type, first
+            folder_path,
+            config,
+            start.preset,
+            start.origin,
+            precision,
+            device.type,
+            data_dir,
+            writes=first,
         )
         trainer = Trainer(config, images, labels, device, precision, processes)
         guard = Guard(config, trainer.state_dict(), processes)
         log = RunLog(folder_path / "log.csv", stop, first)
-        if start.state:
-            restore(trainer, guard, log, start.state, start.path)
-            log.say(f"resuming after update {trainer.update} of {start.path}")
         if start.branches:
-            guard.begin(trainer.state_dict())
-            log.text = ""
-            folder.save(guard.good, guard, log)
-        trainer.halvings = guard.halvings
+            branch_off(trainer, guard, start.state, start.path)
+            folder.save(guard.good, guard, log)  # so that the same command resumes
+        elif start.state:
+            resume_run(trainer, guard, log, start.state, start.path)
+        if start.state:
+            log.say(f"resuming after update {trainer.update} of {start.path}")
         folder.begin()
         log.say(f"{config.train.updates} updates in {precision}; every {config.train.log_every}:")
         fit(trainer, guard, log, folder, stop)
-        log.say(farewell(trainer, folder, data_dir))
+        log.say(farewell(trainer, folder))
         return 0 if trainer.update >= config.train.updates else 130
 
 
-def farewell(trainer: Trainer, folder: RunFolder, data_dir: str) -> str:
+def farewell(trainer: Trainer, folder: RunFolder) -> str:
     """What to do after a run, or after an interruption."""
-    path = shlex.quote(str(folder.checkpoint))
+    path = str(folder.checkpoint)
     if trainer.update < trainer.config.train.updates:
         there = folder.checkpoint.exists()
         return f"interrupted; {'the same command resumes from' if there else 'nothing at'} {path}"
-    knn = f"python cebm.py knn {path}"
-    if trainer.config.data.name != "glyphs":
-        knn += f" --data-dir {shlex.quote(str(data_dir))}"
-    return f"done: {path}\nnow try:\n  {knn}\n  python cebm.py sample {path}"
+    knn = shlex.join(["python", "cebm.py", "knn", path, *folder.data_option])
+    sample = shlex.join(["python", "cebm.py", "sample", path])
+    return f"done: {path}\nnow try:\n  {knn}\n  {sample}"
 
 
-# Commands
+# ------------------------------------------------------------------------------------- Commands
 
 
 def in_torchrun() -> dict:
@@ -1565,19 +1644,22 @@ def parse_device(_context, _parameter, name: str):
             name = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(name)
         if device.type == "cuda":
-            index = device.index or int(in_torchrun().get("LOCAL_RANK", 0))
-            device = torch.device("cuda", index)
+            local = int(in_torchrun().get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).tolist()
         return device
     except Exception as error:  # backends that are not there raise any kind
-        reason = str(error).splitlines()[0]
-        raise click.UsageError(f"--device {name}: {reason}") from error
+        raise click.UsageError(f"--device {name}: {first_line(error)}") from error
 
 
 CHECKPOINT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
 DATA_DIR = click.option("--data-dir", default="data", help="Where data are, or are downloaded to.")
 DEVICE = click.option("--device", default="auto", callback=parse_device, help="cpu or cuda.")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def out_option(name: str, **settings):
@@ -1609,18 +1691,20 @@ def say(text: str) -> None:
 
 
 def print_rows(checkpoints, form: str | None, data_dir: str, device, figures) -> None:
-    """A row a checkpoint: what it is, then `figures` of model, config, training and test set.
+    """A row per checkpoint: what it is, then `figures(model, config, read)` of it.
 
-    Rows that are done are printed also when a later checkpoint fails.
+    `read` returns images and labels of "train" or "test". Rows that are done are printed also when
+    a later checkpoint fails.
     """
     rows = []
     try:
         for path in checkpoints:
             model, config, state = load_model(path, device)
-            train, test = (load_images(config, split, data_dir) for split in ("train", "test"))
             row = {"checkpoint": path, "model": config.model.name, "data": config.data.name}
             row["updates"] = state["updates"]
-            rows.append(row | figures(model, config, train, test))
+            rows.append(
+                row | figures(model, config, partial(load_images, config, data_dir=data_dir))
+            )
     finally:
         if rows:
             say(json.dumps(rows) if form == "json" else evaluate.table(rows, form == "markdown"))
@@ -1636,7 +1720,7 @@ def options_in_use() -> set[str]:
     }
 
 
-def refuse_unusable(name: str) -> None:
+def refuse_unusable_options(name: str) -> None:
     """UsageError where the command was given an option that the model has no use for."""
     kind, used = models.MODELS[name], options_in_use()
     chains = not kind.decoder
@@ -1688,14 +1772,14 @@ def train(preset, settings, out, seed, init_from, data_dir, device):
     if seed is not None:
         settings = (*settings, f"train.seed={seed}")
     config = compose(preset, settings)
-    check(config)
     folder = Path(out or f"runs/{preset}")
     processes = start_processes(device)
     try:
         status = train_run(config, preset, folder, init_from, data_dir, device, processes)
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        raise Failure(f"{reason} Choose a smaller train.batch or chains.buffer") from error
+        raise Failure(
+            f"{first_line(error)} Choose a smaller train.batch or chains.buffer"
+        ) from error
     sys.exit(status)
 
 
@@ -1733,17 +1817,20 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     """
     require_writable(out, evaluate.PICTURES, inputs=[checkpoint])
     model, config, state = load_model(checkpoint, device)
-    refuse_unusable(config.model.name)
-    originals = evenly_spaced_images(config, given, data_dir) if given else None
+    refuse_unusable_options(config.model.name)
+    originals = evenly_spaced_images(config, given, data_dir).to(device) if given else None
+    generator = torch.Generator(device).manual_seed(seed + 500_009)  # other numbers than training's
     if models.MODELS[config.model.name].decoder:
-        images, story = decode(model, config, originals, count, refine, seed, device)
+        images, story = decode(model, config, originals, count, refine, seed, generator)
     else:
-        start = chain_start(config, state, source, originals, count, seed, device)
-        images, story = run_chains(model, config, originals, start, steps, seed)
+        start, x = chain_start(config, state, source, originals, count, seed, generator)
+        images, end = run_chains(model, config, originals, x, steps, generator)
+        story = f"chains from {start}, {end}"
     say(story)
-    images = images if originals is None else torch.cat([originals, images])
+    shown = images if originals is None else torch.cat([originals, images])
+    columns = None if originals is None else len(originals)
     caption = f"{config.model.name}, {config.data.name}, {state['updates']} updates: {story}"
-    figure = evaluate.grid_figure(images, given, caption)
+    figure = evaluate.grid_figure(shown, columns, caption)
     write_atomically(Path(out), evaluate.figure_bytes(figure, out))
     say(out)
 
@@ -1754,59 +1841,50 @@ def evenly_spaced_images(config: Config, count: int, data_dir: str) -> Tensor:
     return data.normalise(torch.cat([part[:1] for part in parts]))
 
 
-def decode(model, config: Config, originals, count: int, refine: int | None, seed: int, device):
+def decode(model, config: Config, originals, count: int, refine: int | None, seed: int, generator):
     """A decoder's images of z from p(z), or of the latents of `originals`: images, a line on it."""
+    device = generator.device
     if originals is not None:
-        z, story = model.represent(originals.to(device)).detach(), "decoded latents of test images"
+        z, story = model.represent(originals).detach(), "decoded latents of test images"
     else:
-        with evaluate.seeded(seed + 500_008, device):  # not the numbers of weights or of training
+        with evaluate.seeded(seed + 500_008, device):  # other numbers than training's
             z, story = model.prior.sample(count).detach(), "decoded draws from p(z)"
     if refine:
-        chains, generator = config.chains, chain_generator(seed, device)
+        chains = config.chains
         z = sampling.langevin(
             model.latent_energy, z, refine, chains.step_size, chains.noise_std, generator
         )
         story += f" after {refine} Langevin steps on E(z)"
-    return model.decode(z).detach().cpu(), story
+    return model.decode(z).detach(), story
 
 
-def chain_generator(seed: int, device) -> torch.Generator:
-    """Random numbers for chains that are not those of weights or of training."""
-    return torch.Generator(device).manual_seed(seed + 500_009)
-
-
-def chain_start(config: Config, state, source: str, originals, count: int, seed: int, device):
+def chain_start(config: Config, state, source: str, originals, count: int, seed: int, generator):
     """Where chains start: what it is called, images (N, C, H, W)."""
     buffer = state.get("buffer")
     if originals is not None and models.MODELS[config.model.name].chains == "gibbs":
-        return "test images", originals.to(device)
+        return "test images", originals
     if originals is not None:
         count = len(originals)
     elif source == "buffer" and buffer is not None:
         order = torch.randperm(len(buffer), generator=torch.Generator().manual_seed(seed))
-        return "the buffer", buffer[order[:count]].to(device)
+        return "the buffer", buffer[order[:count]].to(generator.device)
     elif source == "buffer":
         say("the checkpoint has no replay buffer: starting from noise")
-    return "noise", sampling.uniform((count, *config.data.image), chain_generator(seed, device))
+    return "noise", sampling.uniform((count, *config.data.image), generator)
 
 
-def run_chains(model, config: Config, originals, start, steps: int | None, seed: int):
+def run_chains(model, config: Config, originals, x: Tensor, steps: int | None, generator):
     """Chains on E(x), or on E(x, z) of the latents z of `originals`: images, a line on them."""
-    kind, (place, x) = models.MODELS[config.model.name], start
-    generator = chain_generator(seed, x.device)
-    if place == "noise":  # goes on after the numbers of the start
-        sampling.uniform(x.shape, generator)
-    energy = model.energy
+    kind, energy = models.MODELS[config.model.name], model.energy
     if originals is not None:
-        z = model.represent(originals.to(x.device)).detach()
-        energy = partial(model.joint_energy, z=z)
+        energy = partial(model.joint_energy, z=model.represent(originals).detach())
         steps = 1 if kind.chains == "gibbs" else steps
     if steps is None:
         steps = config.chains.final_steps or config.chains.steps
     sampler = kind.chains or "langevin"  # HDGE has an energy, though no chains in training
     end = sampling.mover(sampler, model, energy, steps, config.chains, generator)(x)
-    return end.cpu(), (
-        f"{steps} steps from {place}, mean energy {energy(x).mean().item():.4g} -> "
+    return end, (
+        f"{steps} steps: mean energy {energy(x).mean().item():.4g} -> "
         f"{energy(end).mean().item():.4g}, pixels {end.min():.3g} to {end.max():.3g}"
     )
 
@@ -1826,7 +1904,8 @@ def knn(checkpoints, form, data_dir, device, limit, plot, whiten):
     require_writable(plot, evaluate.PICTURES, inputs=checkpoints)
     last = {}
 
-    def figures(model, config, train, test):
+    def figures(model, config, read):
+        train, test = read("train"), read("test")
         step = -(-len(train[0]) // (limit or len(train[0])))
         train = [part[::step] for part in train]
         untrained = new_model(config, device).eval()
@@ -1856,8 +1935,9 @@ def probe(checkpoints, form, data_dir, device, scale):
     Example: python cebm.py probe runs/quickstart/ckpt.pt
     """
 
-    def figures(model, config, train, test):
-        return evaluate.probe_row(model, train, test, config.data.classes, device, scale)
+    def figures(model, config, read):
+        classes = config.data.classes
+        return evaluate.probe_row(model, read("train"), read("test"), classes, device, scale)
 
     print_rows(checkpoints, form, data_dir, device, figures)
 
@@ -1881,12 +1961,12 @@ def ood(checkpoints, form, data_dir, device, against):
         if name not in data.DATASETS:
             raise click.UsageError(f"--against {name}{nearest_word(name, data.DATASETS)}")
 
-    def figures(model, config, train, test):
+    def figures(model, config, read):
         if not models.MODELS[config.model.name].density:
             raise Failure(f"{config.model.name} has no density of images to score with")
         shape = config.data.image
         others = {name: data.load(name, "test", data_dir, shape)[0] for name in against}
-        return evaluate.ood_row(model, test[0], others, device)
+        return evaluate.ood_row(model, read("test")[0], others, device)
 
     print_rows(checkpoints, form, data_dir, device, figures)
 
@@ -1905,8 +1985,6 @@ def export(checkpoint, split, map, out, data_dir, device):
 
     Example: python cebm.py export runs/quickstart/ckpt.pt --map map.png
     """
-    if map and os.path.realpath(map) == os.path.realpath(out):
-        raise click.UsageError(f"--map and --out are both {map}")
     require_writable(out, [".npz"], inputs=[checkpoint])
     require_writable(map, evaluate.PICTURES, inputs=[checkpoint])
     model, config, _ = load_model(checkpoint, device)

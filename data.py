@@ -1,8 +1,8 @@
 """Images in memory as uint8 (N, C, H, W) and labels as int64 (N,).
 
 `DATASETS` names what there is: four public sets through torchvision, a folder of the user's own,
-and `glyphs`, digits drawn by code. A new data set is a function that reads a split and a line
-there.
+and `glyphs`, digits drawn by code. To add one, write a reader (split, root, image shape) -> images,
+labels, with labels from 0 on, and a line there and in configs.yaml.
 """
 
 import sys
@@ -28,10 +28,14 @@ def normalise(images: Tensor) -> Tensor:
 def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
     """Images (N, C, H, W) uint8 and labels (N,) int64 of `split`, "train" or "test".
 
-    `image_shape` (C, H, W) is what a folder's images are scaled to and others are checked against,
-    by default the data set's own. `extra` adds SVHN's third split to its training images. Raises
-    DataError, which says what to do, where files are absent, damaged or of another shape.
+    `image_shape` (C, H, W) is by default the data set's own; a folder's images are scaled to it,
+    those of other sets have to be of it. `extra` adds SVHN's third split to its training images.
+    Raises DataError where files are missing or damaged or of another shape; it says what to do.
     """
+    if name not in DATASETS or split not in ("train", "test"):
+        raise ValueError(
+            f"{name}, {split}: data sets are {', '.join(DATASETS)}, each train or test"
+        )
     dataset = DATASETS[name]
     shape = tuple(image_shape or dataset.shape)
     images, labels = dataset.read(split, Path(data_dir), shape)
@@ -60,7 +64,7 @@ def class_names(name: str, data_dir: str, num_classes: int) -> list[str]:
 def read_torchvision(
     kind: str, counts: dict[str, int], split: str, root: Path, shape
 ) -> tuple[Tensor, Tensor]:
-    """A split of torchvision's class `kind`, of counts[split] images, read or downloaded."""
+    """A split of torchvision's class `kind`, checked to hold counts[split] images."""
     data = open_torchvision(kind, split, root)
     images = torch.as_tensor(data.data)
     if images.dim() == 3:  # MNIST: (N, H, W)
@@ -77,7 +81,7 @@ def read_torchvision(
 
 
 def open_torchvision(kind: str, split: str, root: Path):
-    """torchvision's object of a split, its files read, or downloaded first."""
+    """Opens a data set of torchvision, downloading it if it is absent."""
     from torchvision import datasets
 
     which = {"split": split} if kind == "SVHN" else {"train": split == "train"}
@@ -115,7 +119,8 @@ def read_folder(split: str, root: Path, shape) -> tuple[Tensor, Tensor]:
             f"{root}: train has the classes {', '.join(train.classes)}, {split} has "
             f"{', '.join(found.classes)}; they have to be the same"
         )
-    channels, height, width = 1 if shape[0] == 1 else 3, *shape[1:]
+    channels = 1 if shape[0] == 1 else 3
+    height, width = shape[1:]
     images = torch.empty(len(found), channels, height, width, dtype=torch.uint8)
     for image, (path, _) in zip(images, found.samples, strict=True):
         pixels = read_image(path, channels, height, width)
@@ -170,8 +175,9 @@ GLYPH_STROKES = (
 
 
 def read_glyphs(split: str, root: Path, shape) -> tuple[Tensor, Tensor]:
-    """The embedded set, for which nothing is read from `root`."""
-    return glyphs(split)
+    """The embedded digits; `root` and `shape` are unused."""
+    images, labels = glyphs(split)
+    return images.clone(), labels.clone()
 
 
 @cache
@@ -179,7 +185,7 @@ def glyphs(split: str) -> tuple[Tensor, Tensor]:
     """10,000 training or 2,000 test digits (1, 28, 28), drawn from a fixed seed.
 
     Strokes are jittered, joined by cubic splines, slanted, turned, scaled, shifted, and inked with
-    a pen of random width. Callers share the tensors and must not change them.
+    a pen of random width.
     """
     count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
     random = np.random.default_rng(seed)
@@ -195,21 +201,25 @@ def draw_glyph(strokes: str, random: np.random.Generator, scale: int = 4) -> Ima
     """One digit of 28 x 28 pixels, drawn `scale` times as large and reduced."""
     slant, turn = random.uniform(-0.5, 0.5), random.uniform(-0.2, 0.2)
     size = random.uniform(15, 22) * random.uniform(0.75, 1, 2)  # width, height in pixels
-    shear = np.array([[1, turn], [-slant - turn, 1]])
-    shift, width = 14 + random.uniform(-1.5, 1.5, 2), random.uniform(1.4, 3.4)
+    shear = np.array([[1, turn], [-slant - turn, 1]])  # of points (x, y) as rows
+    centre = 14 + random.uniform(-1.5, 1.5, 2)
+    pen_width = random.uniform(1.4, 3.4)
     sheet = Image.new("L", (28 * scale, 28 * scale))
     for stroke in strokes.split("|"):
         points = np.array(stroke.split(), float).reshape(-1, 2) / 100 - 0.5
         points += random.normal(0, 0.048, points.shape)
-        path = scale * (spline_matrix(len(points)) @ points * size @ shear + shift)
-        ImageDraw.Draw(sheet).line(path.ravel().tolist(), 255, round(scale * width))
+        curve = spline_matrix(len(points)) @ points
+        path = scale * (curve * size @ shear + centre)
+        ImageDraw.Draw(sheet).line(path.ravel().tolist(), 255, round(scale * pen_width))
     return sheet.reduce(scale)
 
 
 @cache
 def spline_matrix(points: int) -> np.ndarray:
-    """A cubic spline is linear in its points: the matrix to its values, four from each to the
-    next."""
+    """The matrix from control points to points on the cubic spline through them, four a segment.
+
+    The values of a spline are linear in its control points.
+    """
     from scipy.interpolate import CubicSpline
 
     return CubicSpline(range(points), np.eye(points))(np.arange(0, points - 0.99, 0.25))
@@ -222,10 +232,10 @@ def spline_matrix(points: int) -> np.ndarray:
 class Dataset:
     """How a data set is read and what it holds."""
 
-    read: Callable[[str, Path, tuple], tuple[Tensor, Tensor]]  # of split, root, image shape
-    shape: tuple[int, int, int]  # channels, height, width; of a folder: what it is scaled to
-    classes: int | None  # None: a folder's own
-    names: tuple[str, ...] = ()  # of the classes; none: their numbers
+    read: Callable[[str, Path, tuple], tuple[Tensor, Tensor]]  # (split, root, image shape)
+    shape: tuple[int, int, int]  # (C, H, W); a folder's images are scaled to it
+    classes: int | None  # how many; None: as many as the folder has
+    names: tuple[str, ...] = ()  # of the classes; empty: their numbers
     counts: dict[str, int] = field(default_factory=dict)  # images of each split
 
 

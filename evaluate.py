@@ -1,12 +1,16 @@
-"""What latents are worth: 1-NN (supplement E.1), a linear probe, OOD scores, pictures of them.
+"""Evaluation of trained models: 1-NN (supplement E.1), linear probe, OOD scores, tables, pictures.
 
-Images are uint8 (N, C, H, W) unless said, latents (N, D), labels (N,). Scores are in percent.
-Functions return a row of figures, arrays, or a matplotlib figure.
+Images are uint8 (N, C, H, W) unless said, latents (N, D), labels (N,). Scores are in percent. A
+model is in evaluation mode and has `represent(x)`, and where its `ModelKind` (models.py) says so
+`energy(x)`, `posterior(x)` and `classify(x)`, of images x in [-1, 1]. Functions return a row of a
+table, arrays, or a matplotlib figure. A new evaluation is a function here that returns a row, and a
+command in cebm.py that prints it.
 """
 
 from __future__ import annotations
 
 import io
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +39,7 @@ def in_batches(function, images: Tensor, device, size: int = 1000) -> Tensor:
 
 @contextmanager
 def seeded(seed: int, device):
-    """torch's random numbers start from `seed` inside and are as before after it."""
+    """Seeds torch's random numbers inside, and restores their state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -44,8 +48,11 @@ def seeded(seed: int, device):
 def latents(
     model, images: Tensor, device, with_std: bool, with_energy: bool
 ) -> dict[str, np.ndarray]:
-    """`mean` (N, D), what `represent` says, and if asked for `energy` (N,) and the whole
-    posterior's `std` (N, D)."""
+    """`mean` (N, D) from `represent`, and if asked for `energy` (N,) and the posterior's `std`.
+
+    Of a mixture `std` (N, D) is that of the whole posterior, while `mean` may be one component's. A
+    VAE's energy is drawn with a fixed seed.
+    """
     columns = {"mean": model.represent}
     if with_energy:
         columns["energy"] = model.energy
@@ -59,9 +66,11 @@ def latents(
 
 
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
-    """Index (M,) of the training vector (N, D) nearest in L2 to each of (M, D), the first if equal.
+    """Index (M,) of the training vector (N, D) nearest in L2 to each of (M, D).
 
-    |a|^2 - 2ab in float64, `floats` numbers at a time: exact for pixels, else to 1e-15 of |a|^2.
+    Ties go to the lower index. |a|^2 - 2ab + |b|^2 without the last term, which is the same for all
+    a, in float64: exact for pixels, otherwise with an error of about 1e-15 |a|^2. At most `floats`
+    numbers are held at a time.
     """
     test = test.double()
     least = torch.full_like(test[:, 0], torch.inf)
@@ -76,8 +85,11 @@ def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
 
 
 def whiten(train: Tensor, test: Tensor, damping: float = 0.03) -> tuple[Tensor, Tensor]:
-    """Latents along the principal directions of `train`, each over its deviation + `damping` of
-    the largest one."""
+    """Latents along the principal directions of `train`, brought to one scale.
+
+    Each direction is divided by its singular value + `damping` times the largest one, so that
+    directions that hardly vary are not blown up.
+    """
     _, s, v = torch.linalg.svd((train - train.mean(0)).double(), full_matrices=False)
     scale = v.T / (s + damping * s[0] + 1e-30)
     return train.double() @ scale, test.double() @ scale
@@ -86,31 +98,26 @@ def whiten(train: Tensor, test: Tensor, damping: float = 0.03) -> tuple[Tensor, 
 def knn_row(
     model, untrained, train, test, classes: int, device, whitened=False
 ) -> dict[str, object]:
-    """Exact 1-NN accuracy: `latent`, that of the `untrained` network, `pixel`, and `confusion`.
+    """Accuracy of exact 1-NN on `latent` vectors, on those of the `untrained` network, on pixels.
 
-    `train` and `test` are images and labels. `confusion` (K lists of K counts) is of the latents,
-    rows are true and columns predicted classes.
+    `train` and `test` are images and labels. `confusion`, K lists of K counts, is that of the
+    latents: rows are true and columns predicted classes.
     """
     row = {}
-    spaces = {
-        "latent": model.represent,
-        "untrained": untrained.represent,
-        "pixel": lambda x: (x.flatten(1) * 127.5 + 127.5).round().byte(),
-    }
-    for space, represent in spaces.items():
-        a, b = (in_batches(represent, images, device) for images in (train[0], test[0]))
-        if whitened and space != "pixel":
-            a, b = whiten(a, b)
-        predicted = train[1][nearest(a, b).cpu()]
+    for space, network in ("latent", model), ("untrained", untrained):
+        a, b = (in_batches(network.represent, images, device) for images in (train[0], test[0]))
+        predicted = train[1][nearest(*(whiten(a, b) if whitened else (a, b))).cpu()]
         row[space] = percent_equal(predicted, test[1])
         if space == "latent":
             counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
             row["confusion"] = counts.view(classes, classes).tolist()
+    pixels = (images.flatten(1).to(device) for images in (train[0], test[0]))
+    row["pixel"] = percent_equal(train[1][nearest(*pixels).cpu()], test[1])
     return row
 
 
 def accuracy(model, test, device) -> float:
-    """How often a classifier is right about `test`, images and labels."""
+    """A classifier's accuracy on `test`, images and labels."""
     return percent_equal(in_batches(model.classify, test[0], device).cpu(), test[1])
 
 
@@ -124,8 +131,8 @@ def percent_equal(a: Tensor, b: Tensor) -> float:
 def probe(train, train_y, test, test_y, classes: int, per_class: int | None, draws: int = 10):
     """Percent of test latents (M, D) that logistic regression on latents (N, D) gets right.
 
-    Fitted to `per_class` labels a class, drawn `draws` times, or to all of them once: mean and
-    deviation. The penalty is scikit-learn's default, half the squared weights.
+    It is fitted to `per_class` labels per class, drawn `draws` times, or to all of them once: mean
+    and standard deviation. The penalty is scikit-learn's default, half the squared weights.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -140,10 +147,10 @@ def probe(train, train_y, test, test_y, classes: int, per_class: int | None, dra
 
 
 def probe_row(model, train, test, classes: int, device, scaled=False) -> dict[str, float]:
-    """`probe` with 1, 10, 100 (if there are as many) and all labels a class: means and deviations.
+    """`probe` with 1, 10, 100 (if there are as many) and all labels per class.
 
-    With `scaled` latents are centred and all alike brought to variance 1, since the penalty bears
-    harder on small ones.
+    `scaled` latents are centred and divided by one scale, so that their mean variance is 1; the
+    penalty would otherwise weigh more on small latents.
     """
     a, b = (in_batches(model.represent, images, device).cpu() for images, _ in (train, test))
     if scaled:
@@ -164,14 +171,14 @@ def probe_row(model, train, test, classes: int, device, scaled=False) -> dict[st
 def density_scores(model, images: Tensor, device) -> dict[str, Tensor]:
     """Scores (N,) of images, higher for what is likelier: log p(x) + const, -|grad log p(x)|."""
 
-    def pair(x: Tensor) -> Tensor:
+    def energy_and_slope(x: Tensor) -> Tensor:
         with torch.enable_grad():
             energy = model.energy(x.requires_grad_(True))
             (gradient,) = torch.autograd.grad(energy.sum(), x)
         return -torch.stack([energy.detach(), gradient.flatten(1).norm(dim=1)], 1)
 
     with seeded(0, device):
-        scores = in_batches(pair, images, device, 500).cpu()
+        scores = in_batches(energy_and_slope, images, device, 500).cpu()
     return dict(zip(("logp", "gradient"), scores.T, strict=True))
 
 
@@ -200,18 +207,18 @@ def ood_row(model, own: Tensor, others: dict[str, Tensor], device) -> dict[str, 
 
 
 def plane(points: np.ndarray) -> tuple[np.ndarray, str]:
-    """Latents (N, D) in two dimensions (N, 2), and by what: UMAP if it can be had, else PCA."""
+    """Latents (N, D) in two dimensions (N, 2) and the method: UMAP if it is installed, else PCA."""
     try:
         from umap import UMAP
 
         return UMAP(random_state=0).fit_transform(points), "UMAP"
-    except ImportError as error:  # absent, another package of that name, or one that fails
+    except ImportError as error:  # not installed, another package named umap, a broken one
         reason = "umap-learn is not installed" if error.name == "umap" else str(error)
     from sklearn.decomposition import PCA
 
     directions = min(2, *points.shape)
-    plane = PCA(directions, svd_solver="full").fit_transform(points)
-    return np.pad(plane, ((0, 0), (0, 2 - directions))), f"PCA ({reason})"
+    projected = PCA(directions, svd_solver="full").fit_transform(points)
+    return np.pad(projected, ((0, 0), (0, 2 - directions))), f"PCA ({reason})"
 
 
 # Tables and pictures
@@ -220,7 +227,7 @@ PICTURES = (".png", ".jpg", ".pdf", ".svg")  # endings of a picture's name
 
 
 def table(rows: list[dict], markdown: bool = False) -> str:
-    """Rows as aligned text or as Markdown, without lists; what a row lacks is "-"."""
+    """Rows as aligned text or as Markdown. Lists are left out, missing values show as "-"."""
     columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if type(v) is not list))
     cells = [columns]
     for row in rows:
@@ -255,35 +262,27 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def grid_figure(images: Tensor, columns: int | None = None, caption: str = "") -> Figure:
-    """Images (N, C, H, W), float in [-1, 1] and clipped to it, side by side, at least 600 pixels.
+    """Images (N, C, H, W), floats in [-1, 1] and clipped to it, in a grid with a caption below.
 
-    Each pixel is enlarged by the same whole factor; `columns` None is near square.
+    Pixels are enlarged by a whole factor, until the shorter side has 600 pixels or the longer one
+    would exceed 2,400. `columns` None gives a nearly square grid.
     """
     from matplotlib.figure import Figure
 
     sheet = arrange(images, columns or round(len(images) ** 0.5))
-    scale = -(-600 // min(sheet.shape[:2]))
+    scale = max(1, min(-(-600 // min(sheet.shape[:2])), 2400 // max(sheet.shape[:2])))
     height, width = (scale * side for side in sheet.shape[:2])
-    strip = 44 if caption else 0  # pixels below for two lines of text
-    figure = Figure((width / 100, (height + strip) / 100), dpi=100)
-    axes = figure.add_axes((0, strip / (height + strip), 1, height / (height + strip)))
-    colours = sheet if sheet.ndim == 3 else np.stack([sheet] * 3, axis=2)  # exact, unlike a map
+    lines = textwrap.wrap(caption, width // 7)  # letters of 9 points are about 6 pixels wide
+    below = 18 * len(lines) + 8 if lines else 0
+    figure = Figure((width / 100, (height + below) / 100), dpi=100)
+    axes = figure.add_axes((0, below / (height + below), 1, height / (height + below)))
+    # Grey images as colours, since a colour map would round their values.
+    colours = sheet if sheet.ndim == 3 else np.stack([sheet] * 3, axis=2)
     axes.imshow(colours, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
-    if caption:
-        size = min(10, 1.55 * width / len(caption) * 2)
-        middle = strip / 2 / (height + strip)
-        figure.text(0.5, middle, wrap_line(caption), ha="center", va="center", fontsize=size)
+    place = {"ha": "center", "va": "center", "fontsize": 9, "parse_math": False}
+    figure.text(0.5, below / 2 / (height + below), "\n".join(lines), **place)
     return figure
-
-
-def wrap_line(text: str) -> str:
-    """A long line as two, broken at the space nearest to its middle."""
-    spaces = [i for i, letter in enumerate(text) if letter == " "]
-    if len(text) < 60 or not spaces:
-        return text
-    middle = min(spaces, key=lambda i: abs(i - len(text) / 2))
-    return f"{text[:middle]}\n{text[middle + 1 :]}"
 
 
 def arrange(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
@@ -302,17 +301,18 @@ def arrange(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def confusion_figure(counts: Tensor, names: list[str], title: str, most: int = 50) -> Figure:
-    """Counts (K, K), rows true and columns predicted, coloured by their share of the row.
+    """Counts (K, K), rows true and columns predicted, coloured by their share of the true class.
 
-    Of more than `most` classes the ones with most errors are shown, and the title says so.
+    With more than `most` classes only those with the most errors are shown, and the title says so.
     """
     counts = np.asarray(counts)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     if len(counts) > most:
         errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
         shown = np.sort(np.argsort(-errors, kind="stable")[:most])
         title += f"\nthe {most} of {len(counts)} classes with most errors"
-        counts, names = counts[np.ix_(shown, shown)], [names[k] for k in shown]
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        counts, share = (table[np.ix_(shown, shown)] for table in (counts, share))
+        names = [names[k] for k in shown]
     side = max(5.5, 0.62 * len(names)) if len(names) <= 20 else 12.0
     figure = new_figure(side + 1.5, side)
     axes = figure.add_subplot()
@@ -322,7 +322,8 @@ def confusion_figure(counts: Tensor, names: list[str], title: str, most: int = 5
     places = range(len(names))
     axes.set_xticks(places, [name[:15] for name in names], rotation=90, fontsize=small)
     axes.set_yticks(places, [name[:15] for name in names], fontsize=small)
-    axes.set(title=title, xlabel="predicted", ylabel="true")
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
     if len(names) <= 20:
         for (i, j), count in np.ndenumerate(counts):
             colour = "white" if share[i, j] > 0.5 else "black"
@@ -331,23 +332,31 @@ def confusion_figure(counts: Tensor, names: list[str], title: str, most: int = 5
 
 
 def map_figure(points: np.ndarray, labels, names: list[str], title: str, method: str) -> Figure:
-    """Points (N, 2) in the colours of their classes, with axes, a legend, and by which method."""
+    """Points (N, 2) in the colours of their classes, axes labelled with the projection `method`."""
     from matplotlib import colormaps
+    from matplotlib.lines import Line2D
 
+    if len(names) <= 10:
+        palette = [colormaps["tab10"](k) for k in range(len(names))]
+    else:
+        palette = [colormaps["gist_rainbow"](k / len(names)) for k in range(len(names))]
     columns = -(-len(names) // 30)  # of the legend
     figure = new_figure(7.5 + 1.5 * columns, 7)
     axes = figure.add_subplot()
-    palette = colormaps["tab10" if len(names) <= 10 else "gist_rainbow"]
-    for k, name in enumerate(names):
-        colour = palette(k) if len(names) <= 10 else palette(k / len(names))
-        own = points[np.asarray(labels) == k]
-        axes.scatter(own[:, 0], own[:, 1], s=4, color=colour, linewidths=0, label=name[:15])
-    low, high = np.quantile(points, [0.002, 0.998], axis=0)  # a few far points stay outside
-    margin = 0.03 * (high - low) + 1e-9
-    axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]))
-    axes.set(ylim=(low[1] - margin[1], high[1] + margin[1]))
-    axes.set(title=title, xlabel=f"{method}, first axis", ylabel="second axis")
-    axes.legend(
-        loc="center left", bbox_to_anchor=(1, 0.5), markerscale=4, ncols=columns, fontsize=8
-    )
+    axes.scatter(*points.T, s=4, c=[palette[k] for k in np.asarray(labels)], linewidths=0)
+    # The 0.4 % of points that are farthest out may lie outside.
+    for (low, high), limit in zip(
+        np.quantile(points, [0.002, 0.998], axis=0).T, (axes.set_xlim, axes.set_ylim), strict=True
+    ):
+        margin = 0.03 * (high - low) + 1e-9
+        limit(low - margin, high + margin)
+    axes.set_title(title, parse_math=False)
+    axes.set(xlabel=f"{method}, first axis", ylabel="second axis")
+    # A space before each name, since matplotlib leaves out those that begin with an underscore.
+    entries = [
+        Line2D([], [], marker="o", linestyle="", color=colour, label=f" {name[:15]}")
+        for colour, name in zip(palette, names, strict=True)
+    ]
+    place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(handles=entries, ncols=columns, fontsize=8, **place)
     return figure

@@ -6,9 +6,13 @@ Shapes: images x (B, C, H, W) in [-1, 1], latents z (B, D), labels y (B,), energ
 parameters `lam` and statistics `t` of an exponential family are tensors (..., S, D): S statistics
 for each of D latent dimensions. The parameters of a posterior are `lam + t(x)`.
 
-Energies, posteriors and losses are float32 (or float64), whatever the autocast. A model's `loss`
-returns a scalar and the parts that the log shows. `MODELS`, at the end, names every model and says
-what it can do; a new model is a class here, a line there and a section in configs.yaml.
+`config` is the section `model` of a configuration (`ModelConfig` in cebm.py says what each key
+means). Energies and losses are at least float32, whatever the autocast.
+
+Every model has `represent(x)`, its latents (B, D), and `loss(x, y, chains)`, a scalar to minimise
+and the parts of it that the log shows, 0-d tensors; `chains` are images that no gradient goes
+through, or None. `MODELS`, at the end, names all models and says what else each can do. A new model
+is a class here, a line there and a section in configs.yaml.
 """
 
 import math
@@ -23,11 +27,13 @@ from torch import distributions as td
 
 # Layers
 
-# (size, stride) of the convolutions of Tables 5 to 8, padding 1 throughout.
+# (size, stride) of the convolutions of Tables 5 to 8, padding 1 throughout. `PixelGradient` and
+# `patch_convolution` rely on the first.
 CONVOLUTIONS = ((3, 1), (4, 2), (4, 2), (4, 2))
 
-# Upconvolutions (width, size, stride, padding) by the image's side; width None: its channels.
-# Table 7b as printed ends at 31x31x1: here its third kernel is 4x4, its last stride 1, C channels.
+# Upconvolutions (width, size, stride, padding), keyed by the image's side; width None is the
+# image's own number of channels. Tables 7a and 8 are as printed. Table 7b as printed ends at
+# 31x31x1: here its third kernel is 4x4 and its last one has stride 1 and C channels.
 DECODER = {
     28: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 0), (None, 3, 1, 0)),
     32: ((32, 4, 2, 1), (64, 4, 2, 1), (64, 4, 2, 1), (None, 3, 1, 1)),
@@ -37,8 +43,8 @@ GENERATOR = {
     32: ((512, 4, 2, 1), (256, 4, 2, 1), (128, 4, 2, 1), (64, 4, 2, 1), (None, 4, 2, 1)),
 }
 
-# Whether this CPU multiplies matrices in tiles, where oneDNN's own gradients are the faster ones.
-AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+# Whether this CPU has AMX, where oneDNN's gradient of a convolution is faster than `PixelGradient`.
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def linears(*sizes: int, activation=nn.SiLU) -> nn.Sequential:
@@ -62,7 +68,8 @@ def upconvolutions(image_shape, inputs: int, table, normalise=False) -> nn.Seque
 
 
 def in_float32(head: nn.Module, features: Tensor) -> Tensor:
-    """`head` outside autocast: convolutions may run in bfloat16, energies at most in TF32."""
+    """`head` with autocast off: convolutions may run in bfloat16, these products stay float32 (TF32
+    on a GPU where torch allows it)."""
     with torch.autocast(features.device.type, enabled=False):
         return head(features.to(torch.promote_types(features.dtype, torch.float32)))
 
@@ -85,7 +92,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class PixelGradient(torch.autograd.Function):
-    """A 3x3 convolution that is differentiated by its pixels alone, as a chain needs it.
+    """A 3x3 convolution with a gradient for its input only, which is all that a chain needs.
 
     As a matrix product this gradient is faster than oneDNN's on a CPU without AMX: a step of
     `cebm-fmnist` takes 51.9 ms for 57.8 in bfloat16 and 44.8 for 47.8 in float32 (two cores of a
@@ -159,12 +166,17 @@ class Network(nn.Module):
 
 
 # Conjugate families and priors
+#
+# The joint energy is E(x, z) = -<t(x), eta(z)> + E_lam(z), where E_lam is that of the prior. So the
+# posterior p(z | x) is the family's member of natural parameters lam + t(x), and summing out z
+# leaves E(x) = A(lam) - A(lam + t(x)). Of a mixture of K members with weights pi_k = 1 / K it is
+# E(x) = -log sum_k pi_k exp(A(lam_k + t(x)) - A(lam_k)). Below, `lam1`, `lam2` are the statistics.
 
 
 class Gaussian:
-    """eta(z) = (z, z^2), A(lam) = sum_d -lam_1^2 / (4 lam_2) - log(-2 lam_2) / 2, lam_2 < 0.
+    """eta(z) = (z, z^2), A(lam) = sum_d -lam1^2 / (4 lam2) - log(-2 lam2) / 2, lam2 < 0.
 
-    The mean is -lam_1 / (2 lam_2), the variance -1 / (2 lam_2). z is (..., D); eta and lam are
+    The mean is -lam1 / (2 lam2), the variance -1 / (2 lam2). z is (..., D); eta and lam are
     (..., 2, D). A leaves out log(2 pi) / 2 a dimension, which cancels in every difference.
     """
 
@@ -216,7 +228,7 @@ class ConjugatePrior(nn.Module):
         raise NotImplementedError
 
     def log_normaliser(self, lam: Tensor) -> Tensor | float:
-        """The A(lam) that E_lam(z) contains, of natural parameters `lam`: (K,), or 0."""
+        """The A(lam) that `energy` contains: (K,), or 0 if it is that of an unnormalised prior."""
         raise NotImplementedError
 
     def joint_energy(self, t: Tensor, z: Tensor) -> Tensor:
@@ -224,7 +236,7 @@ class ConjugatePrior(nn.Module):
         return self.energy(z) - (t * self.family.eta(z)).sum((-1, -2))
 
     def log_joint(self, t: Tensor) -> Tensor:
-        """log p(x, y = k) + const: log pi_k + A(lam_k + t) - A(lam_k), (B, S, D) -> (B, K)."""
+        """log p(x, y = k) + const = log pi_k + A(lam_k + t) - A(lam_k): (B, S, D) -> (B, K)."""
         lam = self.lam()
         shifted = self.family.log_partition(lam + t[:, None])
         return shifted - self.log_normaliser(lam) - math.log(len(lam))
@@ -235,7 +247,7 @@ class ConjugatePrior(nn.Module):
         return -(log_joint[:, 0] if log_joint.shape[1] == 1 else log_joint.logsumexp(1))
 
     def posterior(self, t: Tensor) -> td.Distribution:
-        """The member, or mixture of members, of parameters lam_k + t: batch (B,), event (D,)."""
+        """The member of parameters lam + t, or the mixture of K of them: batch (B,), event (D,)."""
         members = self.lam() + t[:, None]  # (B, K, S, D)
         if members.shape[1] == 1:
             return self.family.member(members[:, 0])
@@ -253,9 +265,9 @@ class ConjugatePrior(nn.Module):
 
 
 class GaussianPrior(ConjugatePrior):
-    """K = 1: N(0, I). K > 1: Gaussians with learned means and deviations, y uniform over them.
+    """K = 1: N(0, I). K > 1: Gaussians with learned means and standard deviations.
 
-    E_lam(z) = -log p_lam(z), with y summed out.
+    A component y is drawn uniformly; E_lam(z) = -log p_lam(z), with y summed out.
     """
 
     family = Gaussian
@@ -282,7 +294,7 @@ class GaussianPrior(ConjugatePrior):
         return Gaussian.log_partition(lam)
 
     def sample(self, count: int) -> Tensor:
-        """z ~ p_lam (count, D), differentiable in means and deviations."""
+        """z ~ p_lam (count, D), differentiable in the prior's parameters."""
         y = torch.randint(len(self.location), (count,), device=self.location.device)
         return normal(self.location[y], self.log_std[y].exp()).rsample()
 
@@ -310,13 +322,22 @@ class BernoulliPrior(ConjugatePrior):
 
 
 def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Persistent contrastive divergence of energies (B,), with L2 on them (supplement C)."""
+    """Persistent contrastive divergence of energies (B,), with L2 on them (supplement C).
+
+    mean E(data) - mean E(chains) + l2 * (mean E(data)^2 [+ mean E(chains)^2 if l2_on is "both"]).
+    """
     magnitude = (data * data).mean()
     if config.l2_on == "both":
         magnitude = magnitude + (chains * chains).mean()
     gap = data.mean() - chains.mean()
     metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
     return gap + config.l2 * magnitude, metrics
+
+
+def contrastive_loss(model, x: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """`contrastive` of a model's energies of images and chains: scalar, metrics."""
+    energies = model.energy(torch.cat([x, chains]))
+    return contrastive(energies[: len(x)], energies[len(x) :], model.config)
 
 
 class Conjugate(nn.Module):
@@ -344,7 +365,10 @@ class Conjugate(nn.Module):
         return torch.stack([t1, t2], 1)
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
-        """E(x, z): (B, C, H, W), (B, D) -> (B,), B broadcast; its x-gradient is Eq. 41's."""
+        """E(x, z): (B, C, H, W), (B, D) -> (B,), B broadcast.
+
+        Its gradient in x is that of -log p(x | z), -d<t(x), eta(z)>/dx (Eq. 41).
+        """
         return self.prior.joint_energy(self.t(x), z)
 
     def energy(self, x: Tensor) -> Tensor:
@@ -360,16 +384,16 @@ class Conjugate(nn.Module):
         return self.prior.mean(self.t(x), self.config.represent == "component")
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Persistent contrastive divergence of as many chains as images: scalar, metrics."""
-        data, model = self.energy(torch.cat([x, chains])).split(len(x))
-        return contrastive(data, model, self.config)
+        """Persistent contrastive divergence on E(x)."""
+        return contrastive_loss(self, x, chains)
 
 
 class LinearStatistics(nn.Module):
     """Eq. 33: t(x) = t_x(x)^T theta_xz and the term of x alone, <theta_x, t_x(x)>.
 
-    Bernoulli x: t_x = v = (x + 1) / 2, grey pixels as chances. Gaussian x: t_x = (x, x^2), where
-    for the square theta_xz = 0 and theta_x = -1 / (2 s^2) are fixed.
+    Bernoulli x: t_x = v = (x + 1) / 2; grey pixels enter as values between 0 and 1, not sampled to
+    bits. Gaussian x: t_x = (x, x^2), where for the square theta_xz = 0 and theta_x = -1 / (2 s^2)
+    are fixed.
     """
 
     def __init__(self, config, image_shape, binary: bool):
@@ -430,7 +454,7 @@ class Harmonium(nn.Module):
         return self.prior.posterior(t)
 
     def represent(self, x: Tensor) -> Tensor:
-        """The chances of z: (B, C, H, W) -> (B, D)."""
+        """The probabilities of z = 1: (B, C, H, W) -> (B, D)."""
         return self.posterior(x).mean
 
     @torch.no_grad()
@@ -440,13 +464,12 @@ class Harmonium(nn.Module):
         return self.network.sample(z, generator)
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Persistent contrastive divergence of as many chains as images: scalar, metrics."""
-        data, model = self.energy(torch.cat([x, chains])).split(len(x))
-        return contrastive(data, model, self.config)
+        """Persistent contrastive divergence on E(x)."""
+        return contrastive_loss(self, x, chains)
 
 
 class RBM(Harmonium):
-    """Binary x (pixels of -1 and 1; grey ones as chances) and binary z."""
+    """Binary x (pixels of -1 and 1) and binary z."""
 
     binary = True
 
@@ -474,9 +497,8 @@ class IGEBM(nn.Module):
         return -self.f(x).logsumexp(1)
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Persistent contrastive divergence of as many chains as images: scalar, metrics."""
-        data, model = self.energy(torch.cat([x, chains])).split(len(x))
-        return contrastive(data, model, self.config)
+        """Persistent contrastive divergence on E(x)."""
+        return contrastive_loss(self, x, chains)
 
 
 class JEM(IGEBM):
@@ -497,8 +519,8 @@ class JEM(IGEBM):
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of p(y | x) + persistent contrastive divergence on E(x)."""
         logits = self.f(torch.cat([x, chains]))
-        data, model = (-logits.logsumexp(1)).split(len(x))
-        generative, metrics = contrastive(data, model, self.config)
+        energies = -logits.logsumexp(1)
+        generative, metrics = contrastive(energies[: len(x)], energies[len(x) :], self.config)
         cross_entropy, metrics["accuracy"] = self.classification(logits[: len(x)], y)
         return cross_entropy + generative, metrics
 
@@ -507,7 +529,10 @@ class HDGE(JEM):
     """The energy of JEM, trained by contrast within the batch in place of chains."""
 
     def loss(self, x: Tensor, y: Tensor, chains: None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy - log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]), j over the batch."""
+        """Cross-entropy of p(y | x) - mean log(exp f(x_i)[y_i] / sum_j exp f(x_j)[y_i]).
+
+        j runs over the images of the batch, the negatives of image i.
+        """
         logits = self.f(x)
         contrast = F.cross_entropy(logits.T[y], torch.arange(len(y), device=y.device))
         cross_entropy, accuracy = self.classification(logits, y)
@@ -567,12 +592,12 @@ class VAE(nn.Module):
         return self.divergence(q, z), -self.log_likelihood(x, z)
 
     def energy(self, x: Tensor) -> Tensor:
-        """-ELBO(x) by one sample of z, in expectation at least E(x): (B, C, H, W) -> (B,)."""
+        """-ELBO(x) by one sample of z, in expectation at least -log p(x): (B, C, H, W) -> (B,)."""
         divergence, distortion = self.negative_elbo(x)
         return divergence + distortion
 
     def decode(self, z: Tensor) -> Tensor:
-        """sigmoid of the likelihood's parameters, in [-1, 1]: (B, D) -> (B, C, H, W)."""
+        """The sigmoid of the decoder's logits, scaled to [-1, 1]: (B, D) -> (B, C, H, W)."""
         return self.decoder(z).float().sigmoid() * 2 - 1
 
     def generate(self, count: int) -> Tensor:
@@ -596,11 +621,11 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(128, 1)
 
     def represent(self, x: Tensor, *z: Tensor) -> Tensor:
-        """The last hidden layer before LeakyReLU: (B, C, H, W), for pairs (B, D) -> (B, 128)."""
+        """The last hidden layer before LeakyReLU (B, 128), of images or pairs as in `forward`."""
         return in_float32(self.hidden[0], torch.cat([self.image(x), *z], dim=1))
 
     def forward(self, x: Tensor, *z: Tensor) -> Tensor:
-        """(B, C, H, W), for pairs (B, D) -> (B,)."""
+        """Logits (B,) of images (B, C, H, W), of pairs with latents (B, D) too."""
         return in_float32(self.head, self.hidden[1](self.represent(x, *z)))[:, 0]
 
 
@@ -630,29 +655,30 @@ class Game(nn.Module):
     def play(self, real: tuple, generated: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         """Both players' losses, summed; each has gradients for its own parameters alone.
 
-        `real` is (x,) or (x, E(x)), `generated` is (G(z),) or (G(z), z).
+        `real` is (x,) or (x, encoder's z), `generated` is (G(z),) or (G(z), z). The discriminator
+        sees detached copies, so that its loss moves it alone. The slopes of the generator's loss
+        in these copies are then carried back through the originals, by the chain rule
+        dL/dtheta = sum of slope * dvalue/dtheta. So one pass through the discriminator serves both.
         """
         weight = self.config.gradient_penalty
-        # The discriminator learns from copies, through which no gradient reaches the generator.
-        (x, *z), copies = (
-            [value.detach().requires_grad_(True) for value in side] for side in (real, generated)
-        )
+        x, *z = (value.detach().requires_grad_(True) for value in real)
+        copies = [value.detach().requires_grad_(True) for value in generated]
         on_real = self.discriminator(x.requires_grad_(weight > 0), *z)
         on_generated = self.discriminator(*copies)
-        judging = F.softplus(-on_real).mean() + F.softplus(on_generated).mean()
-        making = F.softplus(-on_generated).mean()
-        making = making + (F.softplus(on_real).mean() if z else 0.0)
-        # The generator (and encoder) learn from the slopes of `making` in those copies.
-        slopes = torch.autograd.grad(making, (*z, *copies), retain_graph=True)
-        values = (*real[1:], *generated)
-        pull = sum((value * slope).sum() for value, slope in zip(values, slopes, strict=True))
+        loss_d = F.softplus(-on_real).mean() + F.softplus(on_generated).mean()
+        loss_g = F.softplus(-on_generated).mean()
+        if self.pairs:  # the encoder wants its pairs to be taken for generated ones
+            loss_g = loss_g + F.softplus(on_real).mean()
+        slopes = torch.autograd.grad(loss_g, (*z, *copies), retain_graph=True)
+        originals = (*real[1:], *generated)
+        carried = sum((v * slope).sum() for v, slope in zip(originals, slopes, strict=True))
         accuracy = ((on_real > 0).float().mean() + (on_generated < 0).float().mean()) / 2
-        if weight:  # on D's slope in real images: R1 of Mescheder et al. (2018)
+        if weight:  # R1 of Mescheder et al. (2018), here of a D whose BatchNorm links the images
             (slope,) = torch.autograd.grad(on_real.sum(), x, create_graph=True)
-            judging = judging + weight / 2 * slope.square().sum() / len(slope)
-        making = making.detach() + pull - pull.detach()  # its value, with the gradients of `pull`
-        metrics = {"discriminator": judging, "generator": making, "accuracy": accuracy}
-        return judging + making, metrics
+            loss_d = loss_d + weight / 2 * slope.square().sum() / len(slope)
+        loss_g = loss_g.detach() + carried - carried.detach()  # its value, the gradients of carried
+        metrics = {"discriminator": loss_d, "generator": loss_g, "accuracy": accuracy}
+        return loss_d + loss_g, metrics
 
 
 class GAN(Game):
@@ -672,9 +698,10 @@ class GAN(Game):
 
 
 class BiGAN(Game):
-    """BiGAN and GMM-BiGAN: D tells pairs x, E(x) from pairs G(z), z (Table 8).
+    """BiGAN and GMM-BiGAN: D tells pairs of x and its encoding from pairs of G(z) and z (Table 8).
 
-    The encoder's means are standardised over a batch if `model.standardise`.
+    With `model.standardise` the encoder's means are standardised: over the batch in training, by
+    running averages after it; their standard deviations stay as they are.
     """
 
     pairs = True
@@ -708,11 +735,16 @@ class BiGAN(Game):
 
 @dataclass(frozen=True)
 class ModelKind:
-    """A model's class and what it can do.
+    """A model's class and what it can do, beside `represent` and `loss`.
 
-    A class has `energy` if `density`, `posterior` and `joint_energy` or `decode` if `posterior`,
-    `decode` and `generate` if `decoder`, `latent_energy` if `latent_energy` and `classify` if
-    `labels`.
+    The class is built from (config, image_shape, num_classes). It has to have
+
+    - `energy(x) -> (B,)` if `density`, and in any case if `chains` are Langevin dynamics on it,
+    - `gibbs_sweep(x, generator) -> x` if `chains` are block Gibbs,
+    - `posterior(x)`, a torch distribution with mean and variance, if `posterior`,
+    - `joint_energy(x, z) -> (B,)` if `posterior` and not `decoder`,
+    - `decode(z) -> x`, `generate(count) -> x` and a `prior` with `sample(count)` if `decoder`,
+    - `latent_energy(z) -> (B,)` if `latent_energy`, and `classify(x) -> (B,)` if `labels`.
     """
 
     build: type[nn.Module]
@@ -722,7 +754,7 @@ class ModelKind:
     decoder: bool = False  # draws images from z, without chains
     latent_energy: bool = False  # E(z), by which latents can be refined before they are decoded
     labels: bool = False  # learns from them
-    sides: tuple[int, ...] | None = None  # of the square images it is for; None: any from 8 on
+    sides: tuple[int, ...] | None = None  # sizes of images, square; None: any of at least 8 x 8
 
 
 DECODED_SIDES = tuple(DECODER)

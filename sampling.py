@@ -1,10 +1,11 @@
 """Langevin dynamics on an energy (supplement C, Eq. 41), block Gibbs (Eq. 31, 32), replay buffer.
 
 Chains x are (B, C, H, W) and descend E, since p(x) is proportional to exp(-E(x)). A *step* is one
-SGLD step or one sweep of Gibbs. `langevin` is the reference; `SAMPLERS`, at the end, names what
-training runs: `fast_langevin`, equal to the reference up to rounding, and `block_gibbs`. A new
-sampler is a function of the same arguments and a line there. On a GPU `mover` has the chain
-compiled and recorded as one CUDA graph.
+SGLD step or one sweep of Gibbs. `langevin` is the reference; `SAMPLERS` names what training
+runs: `fast_langevin`, equal to the reference up to rounding, and `block_gibbs`. A new sampler is a
+function with the arguments of `fast_langevin` and a line there. An `energy` maps chains (B, ...) to
+(B,), each from its own chain alone. On a GPU `mover` can compile Langevin dynamics and record them
+as one CUDA graph.
 """
 
 import ctypes
@@ -33,12 +34,12 @@ def langevin(
 def fast_langevin(
     model: nn.Module, energy, x: Tensor, steps: int, settings, generator, bfloat16=False
 ) -> Tensor:
-    """`langevin` on `energy`, a function of the parameters of `model`.
+    """Runs `langevin`, faster. `energy` may use the parameters of `model` and no others.
 
-    `settings` has step_size, noise_std and bound (the section `chains` of a configuration).
-    Parameters ask for no gradient meanwhile, memory is in channels-last order and, if `bfloat16`,
-    convolutions run in it: together 3.6 times as fast a step as the plain loop of the public code
-    bases on a Xeon with AMX, 2.3 times on a Zen 4 (`tests/benchmark.py`).
+    `settings` has step_size, noise_std and bound (the section `chains` of a configuration). While
+    it runs, parameters ask for no gradient, images are in channels-last order and, with `bfloat16`,
+    the network is under autocast. Together a step is 3.6 times as fast as in the plain loop of the
+    public code bases on a Xeon with AMX, 2.3 times on a Zen 4 (`tests/benchmark.py`).
     """
     x = x.contiguous(memory_format=torch.channels_last)
     frozen = [p for p in model.parameters() if p.requires_grad]
@@ -47,7 +48,7 @@ def fast_langevin(
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        matmul.allow_tf32 = bfloat16 or tf32  # the heads too, as convolutions do anyway
+        matmul.allow_tf32 = bfloat16 or tf32  # for the heads, which autocast leaves in float32
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
             x = langevin(
                 energy,
@@ -68,7 +69,7 @@ def fast_langevin(
 def block_gibbs(
     model: nn.Module, energy, x: Tensor, steps: int, settings, generator, bfloat16=False
 ) -> Tensor:
-    """`steps` sweeps of z ~ p(z | x), x ~ p(x | z); of `model` alone, the rest is passed over."""
+    """`steps` sweeps of z ~ p(z | x), x ~ p(x | z); `energy`, `settings`, `bfloat16` are unused."""
     for _ in range(steps):
         x = model.gibbs_sweep(x, generator)
     return x
@@ -90,39 +91,39 @@ def mover(
 ):
     """A function that moves chains (B, C, H, W) by `steps` of the named sampler.
 
-    With `record` Langevin chains become one CUDA graph, with `compile` their energy is compiled
-    before; where that cannot be done a warning says why.
+    On a GPU `record` launches Langevin chains as one CUDA graph and `compile` compiles their energy
+    first; where either fails a warning says why. Other samplers run as they are.
     """
-
-    def chain(energy):
-        return partial(
-            SAMPLERS[sampler],
-            model,
-            energy,
-            steps=steps,
-            settings=settings,
-            generator=generator,
-            bfloat16=bfloat16,
-        )
-
-    def compiled_energy(x: Tensor) -> Tensor:
-        # Fewer kernels: patches of the first convolution as one, small ones combined.
-        options = {"force_pointwise_cat": True, "combo_kernels": True}
-        return torch.compile(energy, dynamic=False, options=options)(x)
-
+    run = partial(
+        SAMPLERS[sampler],
+        model,
+        steps=steps,
+        settings=settings,
+        generator=generator,
+        bfloat16=bfloat16,
+    )
+    plain = partial(run, energy)
     if not record or sampler != "langevin":
-        return chain(energy)
-    ways = [chain(compiled_energy)] if compile else []
-    return GraphedFunction([*ways, chain(energy)], generator)
+        return plain
+    candidates = [partial(run, compiled(energy))] if compile else []
+    return GraphedFunction([*candidates, plain], generator)
+
+
+def compiled(energy):
+    """`energy`, compiled at its first call."""
+    # Fewer kernels: patches of the first convolution as one, small ones combined.
+    options = {"force_pointwise_cat": True, "combo_kernels": True}
+    return lambda x: torch.compile(energy, dynamic=False, options=options)(x)  # torch keeps it
 
 
 class GraphedFunction:
     """A function of CUDA tensors that is recorded as a CUDA graph and then launched whole.
 
-    `ways` are forms of it, the fastest first and a plain one last. Of the first form three calls
-    warm up, the fourth is captured, and every later one replays it. A form that cannot be recorded
-    gives way to the next, with a warning; if none can, the plain form is called. The function
-    returns a tensor or a dictionary of tensors.
+    `ways` are implementations of it, the fastest first and a plain one last. Three calls run the
+    first one as it is (warm up), the fourth records it (capture) and replays it, and so does every
+    later one, for inputs of the same shapes. An implementation that cannot be compiled or recorded
+    gives way to the next, with a warning; if none can be recorded, the plain one is called. The
+    function returns a tensor or a dictionary of tensors.
     """
 
     WARM_UP_CALLS = 3
@@ -166,7 +167,7 @@ class GraphedFunction:
         self.graph = graph
 
     def replay(self, inputs: tuple):
-        """Launches the recorded call on `inputs`: copies of its outputs."""
+        """Runs the recorded call on `inputs` and returns copies of its outputs."""
         for recorded, given in zip(self.inputs, inputs, strict=True):
             recorded.copy_(given)
         self.graph.replay()
@@ -175,19 +176,23 @@ class GraphedFunction:
         return self.outputs.clone()
 
     def fall_back(self, error: Exception) -> None:
-        """Gives up the present form; an error of the plain form itself is raised again."""
+        """Goes on with the next implementation, after a warning.
+
+        An error of the plain one while it warms up is no failure to record, and is raised again.
+        """
         warming_up = self.warm_up_calls < self.WARM_UP_CALLS
         if warming_up and len(self.ways) == 1 and torch.cuda.is_available():
             raise error
-        warnings.warn(f"updates are slower: {error!s:.80}", stacklevel=3)
+        warnings.warn(f"updates are slower: {error!s:.200}", stacklevel=3)
         self.ways, self.warm_up_calls = self.ways[1:], 0
 
 
 class ReplayBuffer:
     """Chains `images` (size, C, H, W) that persist over updates.
 
-    They start uniform on [-1, 1]. A chain that is drawn starts anew with chance 1 - `reuse`: so
-    again or, with chance `data_restarts`, from an image with noise of deviation `restart_std`.
+    They start uniform on [-1, 1]. With probability 1 - `reuse` a drawn chain is restarted: with
+    probability `data_restarts` from a training image plus Gaussian noise of standard deviation
+    `restart_std`, otherwise from uniform noise.
     """
 
     def __init__(
@@ -204,16 +209,24 @@ class ReplayBuffer:
         self.images = uniform((size, *image_shape), generator)
 
     def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Distinct slots (B,) and their chains, as many as images x (B, C, H, W)."""
+        """Distinct slots (B,) and chains to move on, as many as images x (B, C, H, W).
+
+        The images are what chains restart from. `store` puts the moved chains back.
+        """
         place = {"generator": self.generator, "device": self.generator.device}
         slots = torch.randperm(len(self.images), **place)[: len(x)]
         chance = torch.rand((len(x), 1, 1, 1), **place)
         fresh = uniform(x.shape, self.generator)
         if self.data_restarts:
             noised = x + self.restart_std * torch.randn(x.shape, **place)
+            # Of the chances from `reuse` to 1, which restart, the upper share restarts from data.
             from_data = chance >= 1 - self.data_restarts * (1 - self.reuse)
             fresh = torch.where(from_data, noised, fresh)
         return slots, torch.where(chance >= self.reuse, fresh, self.images[slots])
+
+    def store(self, slots: Tensor, chains: Tensor) -> None:
+        """Puts moved chains into the slots that they were drawn from."""
+        self.images[slots] = chains
 
 
 def uniform(shape, generator: torch.Generator) -> Tensor:
@@ -222,7 +235,8 @@ def uniform(shape, generator: torch.Generator) -> Tensor:
 
 
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 in hardware (other CPUs are 100 times slower)."""
+    """Whether `device` multiplies bfloat16 in hardware. A CPU that emulates it takes 100 times as
+    long as in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -230,10 +244,10 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc reuse large freed blocks, which it would unmap: a third of a step on a CPU."""
-    with suppress(OSError, AttributeError):
+    """Lets glibc reuse large freed blocks, which it would unmap: saves a third of a CPU's step."""
+    with suppress(OSError, AttributeError, TypeError):  # other systems, other C libraries
         mallopt = ctypes.CDLL(None).mallopt
-        # M_MMAP_THRESHOLD: such blocks are of the heap. Older systems accept 2^25 at most.
+        # M_MMAP_THRESHOLD: blocks up to it come from the heap. Some accept 2^25 at most.
         if not mallopt(-3, 2**30):
             mallopt(-3, 2**25)
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays with the process

@@ -151,7 +151,7 @@ def test_chains_grow_by_a_constant_factor_to_their_final_steps(tmp_path):
     steps = (buffer.var().item() - 1 / 3) / 0.3**2  # of noise alone, from uniform chains
     assert steps == pytest.approx(3 + 4 + 6 + 8, abs=0.5)
     out = run("sample", tmp_path / "ckpt.pt", "--out", tmp_path / "s.png").stdout
-    assert out.startswith("8 steps from the buffer")
+    assert out.startswith("chains from the buffer, 8 steps: mean energy")
     longer = run("train", *tiny(*growing, "updates=6"), "--out", tmp_path)
     assert longer.exit_code == 1
     assert "train.updates (4, now 6)" in longer.stderr

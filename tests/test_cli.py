@@ -349,7 +349,7 @@ def test_two_processes_train_one_run_and_go_on_only_as_two(small, tmp_path):
         same(ends[0][key], ends[1][key], key)
     odd = cebm.compose("quickstart", ["batch=15"])
     with pytest.raises(click.UsageError, match="batch = 15: not a multiple of 2 processes"):
-        cebm.check_shares(odd, cebm.Processes(0, 2))
+        cebm.check(odd, processes=2)
 
 
 def test_means_of_one_image_are_not_standardised_but_refused(tmp_path):
@@ -848,13 +848,6 @@ def test_where_nothing_can_be_written_is_refused_before_the_work(tmp_path, comma
         ("file", "no checkpoint"),
         ("file.pt", "a checkpoint"),
     ]
-
-
-def test_latents_and_their_map_are_not_written_to_one_place(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = run("export", trained / "ckpt.pt", "--out", "a.npz", "--map", tmp_path / "a.npz")
-    assert result.exit_code == 2
-    assert f"--map and --out are both {tmp_path / 'a.npz'}" in result.stderr
 
 
 def test_wrong_files_and_folders_are_named(trained, tmp_path):

@@ -140,6 +140,12 @@ def test_images_of_another_shape_are_refused():
         data.load("glyphs", "train", image_shape=(3, 32, 32))
 
 
+@pytest.mark.parametrize(("name", "split"), [("minst", "train"), ("mnist", "extra")])
+def test_a_set_or_split_that_does_not_exist_is_refused_with_those_that_do(tmp_path, name, split):
+    with pytest.raises(ValueError, match=r"mnist.*folder.*train or test"):
+        data.load(name, split, tmp_path)
+
+
 @pytest.mark.parametrize("name", data.DATASETS)
 def test_a_preset_is_for_the_images_and_classes_that_its_data_set_has(name):
     dataset, settings = data.DATASETS[name], cebm.compose("cebm-mnist", [f"data.name={name}"]).data
@@ -232,6 +238,8 @@ def test_the_embedded_set_is_what_the_readme_says():
     assert test_labels.bincount().tolist() == [200] * 10
     assert data.DATASETS["glyphs"].counts == {"train": len(images), "test": len(test)}
     assert torch.equal(data.glyphs.__wrapped__("test")[0], test)
+    data.load("glyphs", "test")[0].zero_()
+    assert torch.equal(data.load("glyphs", "test")[0], test)  # each caller has its own
     assert 0.05 < (images > 127).float().mean() < 0.25  # ink, not noise
     assert len(torch.unique(images.flatten(1), dim=0)) == 10_000
     distances = torch.cdist(test.flatten(1).float(), images.flatten(1).float())

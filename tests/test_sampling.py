@@ -130,18 +130,19 @@ def test_chains_leave_parameters_as_they_are_and_without_gradients_also_after_an
 
 @pytest.mark.parametrize("path", ["products", "oneDNN", "compiled"])
 @pytest.mark.parametrize(
-    "name", ["cebm-fmnist", "cebm-cifar10", "gmm-cebm-fmnist", "igebm-mnist", "igebm-cifar10"]
+    "name", ["cebm-fmnist", "cebm-cifar10", "gmm-cebm-fmnist", "igebm-cifar10"]
 )
 def test_every_path_of_a_chain_is_the_reference_to_float32_rounding(name, path, monkeypatch):
     # The first convolution's gradient as a product without AMX, oneDNN's with it; or compiled.
     monkeypatch.setattr(models, "AMX", path == "oneDNN")
-    model, x = build(name)
+    reference, x = build(name)
+    model = build(name)[0].to(memory_format=torch.channels_last)  # as in training
     energy = model.energy
     if path == "compiled":
         torch.compiler.reset()  # else a process compiles a function for eight models, then no more
         energy = torch.compile(energy, backend="aot_eager", fullgraph=True)
     for steps, step_size, noise_std in ((2, 1e3, 0.0), (10, 1.0, 0.0075)):
-        expected = sampling.langevin(model.energy, x, steps, step_size, noise_std, seeded(1))
+        expected = sampling.langevin(reference.energy, x, steps, step_size, noise_std, seeded(1))
         assert (expected - x).abs().max() > 0.01
         settings = of_chains(step_size, noise_std)
         move = sampling.mover("langevin", model, energy, steps, settings, seeded(1))
@@ -266,12 +267,15 @@ def test_a_share_of_restarted_chains_are_images_with_noise(share):
     assert uniform.abs().le(1).all()
 
 
-def test_slots_are_distinct_and_hold_the_chains_that_were_drawn():
+def test_slots_are_distinct_and_hold_the_chains_that_were_drawn_until_others_are_stored():
     buffer = sampling.ReplayBuffer(50, (1, 2, 2), 1.0, seeded())
     before = buffer.images.clone()
     slots, x = buffer.draw(torch.zeros(40, 1, 2, 2))
     assert len(slots.unique()) == 40
     assert torch.equal(x, before[slots])
+    assert torch.equal(buffer.images, before)
+    buffer.store(slots, x + 5)
+    before[slots] += 5
     assert torch.equal(buffer.images, before)
 
 
@@ -305,7 +309,7 @@ def learn(model, images, settings, updates, batch, rate, generator):
     for _ in range(updates):
         x = images[torch.randint(len(images), (batch,), generator=generator)]
         slots, start = buffer.draw(x)
-        chains = buffer.images[slots] = move(start)
+        buffer.store(slots, chains := move(start))
         optimiser.zero_grad()
         model.loss(x, None, chains)[0].backward()
         optimiser.step()
@@ -355,7 +359,7 @@ def test_an_energy_learns_two_shapes_from_noisy_images_and_its_chains_draw_both(
 
     assert abs(margin()) < 0.1
     settings = cebm.compose(f"{name}-mnist", ["chains.steps=10"]).chains
-    chains = learn(model, images, settings, 250, 16, 2e-3, generator)
+    chains = learn(model, images, settings, 200, 16, 2e-3, generator)
     assert margin() > 1
     # Squared distance of a pixel from the nearer shape: 0.04 of images, 1.2 of noise.
     distance, nearer = (chains[:, None] - shapes).square().flatten(2).mean(2).min(1)
