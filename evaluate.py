@@ -103,16 +103,19 @@ def knn_row(
     `train` and `test` are images and labels. `confusion`, K lists of K counts, is that of the
     latents: rows are true and columns predicted classes.
     """
+    (images, labels), (test_images, test_labels) = train, test
     row = {}
     for space, network in ("latent", model), ("untrained", untrained):
-        a, b = (in_batches(network.represent, images, device) for images in (train[0], test[0]))
-        predicted = train[1][nearest(*(whiten(a, b) if whitened else (a, b))).cpu()]
-        row[space] = percent_equal(predicted, test[1])
+        a, b = (in_batches(network.represent, x, device) for x in (images, test_images))
+        if whitened:
+            a, b = whiten(a, b)
+        predicted = labels[nearest(a, b).cpu()]
+        row[space] = percent_equal(predicted, test_labels)
         if space == "latent":
-            counts = torch.bincount(test[1] * classes + predicted, minlength=classes**2)
+            counts = torch.bincount(test_labels * classes + predicted, minlength=classes**2)
             row["confusion"] = counts.view(classes, classes).tolist()
-    pixels = (images.flatten(1).to(device) for images in (train[0], test[0]))
-    row["pixel"] = percent_equal(train[1][nearest(*pixels).cpu()], test[1])
+    a, b = (x.flatten(1).to(device) for x in (images, test_images))
+    row["pixel"] = percent_equal(labels[nearest(a, b).cpu()], test_labels)
     return row
 
 
@@ -136,10 +139,13 @@ def probe(train, train_y, test, test_y, classes: int, per_class: int | None, dra
     """
     from sklearn.linear_model import LogisticRegression
 
+    if classes == 1:
+        return 100.0, 0.0
     scores = []
     for draw in range(draws if per_class else 1):
         order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(draw))
-        chosen = torch.cat([order[train_y[order] == k][:per_class] for k in range(classes)])
+        drawn = [order[train_y[order] == label] for label in range(classes)]
+        chosen = torch.cat([own[:per_class] for own in drawn])  # all of them if None
         regression = LogisticRegression(C=1.0, tol=1e-6, max_iter=10_000)
         regression.fit(train[chosen].double().numpy(), train_y[chosen].numpy())
         scores.append(100 * regression.score(test.double().numpy(), test_y.numpy()))
@@ -272,7 +278,7 @@ def grid_figure(images: Tensor, columns: int | None = None, caption: str = "") -
     sheet = arrange(images, columns or round(len(images) ** 0.5))
     scale = max(1, min(-(-600 // min(sheet.shape[:2])), 2400 // max(sheet.shape[:2])))
     height, width = (scale * side for side in sheet.shape[:2])
-    lines = textwrap.wrap(caption, width // 7)  # letters of 9 points are about 6 pixels wide
+    lines = textwrap.wrap(caption, (width - 24) // 8)  # letters of 9 points are up to 8 pixels wide
     below = 18 * len(lines) + 8 if lines else 0
     figure = Figure((width / 100, (height + below) / 100), dpi=100)
     axes = figure.add_axes((0, below / (height + below), 1, height / (height + below)))
@@ -320,8 +326,9 @@ def confusion_figure(counts: Tensor, names: list[str], title: str, most: int = 5
     figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046)
     small = 10 if len(names) <= 20 else 7
     places = range(len(names))
-    axes.set_xticks(places, [name[:15] for name in names], rotation=90, fontsize=small)
-    axes.set_yticks(places, [name[:15] for name in names], fontsize=small)
+    plain = {"fontsize": small, "parse_math": False}  # a dollar sign is a dollar sign
+    axes.set_xticks(places, [name[:15] for name in names], rotation=90, **plain)
+    axes.set_yticks(places, [name[:15] for name in names], **plain)
     axes.set_title(title, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     if len(names) <= 20:
@@ -351,12 +358,15 @@ def map_figure(points: np.ndarray, labels, names: list[str], title: str, method:
         margin = 0.03 * (high - low) + 1e-9
         limit(low - margin, high + margin)
     axes.set_title(title, parse_math=False)
-    axes.set(xlabel=f"{method}, first axis", ylabel="second axis")
+    axes.set_xlabel(f"{method}, first axis", parse_math=False)
+    axes.set_ylabel("second axis")
     # A space before each name, since matplotlib leaves out those that begin with an underscore.
     entries = [
         Line2D([], [], marker="o", linestyle="", color=colour, label=f" {name[:15]}")
         for colour, name in zip(palette, names, strict=True)
     ]
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes.legend(handles=entries, ncols=columns, fontsize=8, **place)
+    legend = axes.legend(handles=entries, ncols=columns, fontsize=8, **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     return figure

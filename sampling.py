@@ -139,12 +139,10 @@ class GraphedFunction:
                 with torch.cuda.stream(torch.cuda.current_stream()):  # restored after an error
                     if self.warm_up_calls < self.WARM_UP_CALLS:
                         return self.warm_up(inputs)
-                    self.capture(inputs)
+                    self.capture(inputs)  # there is a graph now, so that the loop ends
             except Exception as error:  # a compiler raises any kind
                 self.fall_back(error)
-        if self.graph is None:
-            return self.plain(*inputs)
-        return self.replay(inputs)
+        return self.replay(inputs) if self.graph else self.plain(*inputs)
 
     def warm_up(self, inputs: tuple):
         """An ordinary call on a stream of its own, as capture asks for."""
@@ -180,8 +178,8 @@ class GraphedFunction:
 
         An error of the plain one while it warms up is no failure to record, and is raised again.
         """
-        warming_up = self.warm_up_calls < self.WARM_UP_CALLS
-        if warming_up and len(self.ways) == 1 and torch.cuda.is_available():
+        is_plain = len(self.ways) == 1 and self.warm_up_calls < self.WARM_UP_CALLS
+        if is_plain and torch.cuda.is_available():
             raise error
         warnings.warn(f"updates are slower: {error!s:.200}", stacklevel=3)
         self.ways, self.warm_up_calls = self.ways[1:], 0

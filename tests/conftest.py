@@ -11,8 +11,8 @@ torch.set_num_threads(1)  # as in the processes: the promise of equal bits is fo
 
 @pytest.fixture(autouse=True)
 def without_a_gpu(request, monkeypatch):
-    """Tests of the CPU, which alone promises equal bits, but for those named after a GPU."""
-    if "gpu" not in request.node.name:
+    """Tests are of the CPU, which alone promises equal bits, unless they are marked `gpu`."""
+    if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # of other processes
 
