@@ -122,6 +122,19 @@ def poison_once(monkeypatch, call, where="loss", stop=None):
     monkeypatch.setattr(models.Conjugate, "loss", loss)
 
 
+def send_signal(monkeypatch, update, number):
+    """This process gets a signal in an update."""
+    honest, calls = models.Conjugate.loss, []
+
+    def loss(self, x, y, chains):
+        calls.append(1)
+        if len(calls) == update:
+            os.kill(os.getpid(), number)
+        return honest(self, x, y, chains)
+
+    monkeypatch.setattr(models.Conjugate, "loss", loss)
+
+
 STILL = "step_size=0", "chains.noise_std=0"  # chains that stay where they are
 
 

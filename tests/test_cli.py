@@ -1,7 +1,6 @@
 """The commands as a user types them, on the embedded set; bad input; crashes and resumption."""
 
 import json
-import os
 import random
 import signal
 import statistics
@@ -25,6 +24,7 @@ from helpers import (
     rows,
     run,
     same,
+    send_signal,
     tiny,
     tiny_data,
 )
@@ -138,17 +138,6 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_resumes_to_the_same_
     assert 0 < cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 24
     assert run(*small, "--out", tmp_path).exit_code == 0
     assert_same_run(uninterrupted, tmp_path)
-
-
-def test_a_run_whose_output_finds_no_room_saves_its_first_update(small, tmp_path):
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, ROOT / "cebm.py", *small, "--out", tmp_path]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, timeout=60, env=environment
-        )
-    assert (result.returncode, result.stderr) == (130, b"")
-    assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 1
 
 
 def test_a_finished_run_can_be_made_longer_but_not_changed(tmp_path):
@@ -296,14 +285,22 @@ def test_signals_are_the_callers_again_after_training(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_closed_terminal_or_a_scheduler_ends_a_run_as_ctrl_c_does(small, tmp_path, name):
-    process = launch(*small, "--set", "updates=100000", "--out", tmp_path)
-    wait_for(tmp_path / "log.csv", process)
-    process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "the same command resumes from" in out
-    assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] >= 3
+def test_a_closed_terminal_or_a_scheduler_ends_a_run_as_ctrl_c_does(tmp_path, monkeypatch, name):
+    send_signal(monkeypatch, 7, getattr(signal, name))
+    result = run("train", *tiny(), "--out", tmp_path)
+    assert result.exit_code == 130
+    assert "interrupted; the same command resumes from" in result.stdout
+    assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 7
+
+
+def test_a_signal_that_was_ignored_stays_so_as_under_nohup(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    send_signal(monkeypatch, 7, signal.SIGHUP)
+    try:
+        assert run("train", *tiny(), "--out", tmp_path).exit_code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
@@ -316,17 +313,23 @@ def torchrun(*arguments):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def test_two_processes_share_the_batch_and_ctrl_c_ends_them_before_the_next_check(small, tmp_path):
+def test_two_processes_share_the_batch_and_ctrl_c_ends_them_to_be_resumed_as_two(small, tmp_path):
     never = [f"{key}=1000000" for key in ("updates", "checkpoint_every", "guard.every")]
     settings = tiny(*RESTARTED, *never)
     process = launch(*small, *settings, "--out", tmp_path, "--device", "cpu", by=TORCHRUN)
     wait_for(tmp_path / "log.csv", process)
     process.send_signal(signal.SIGINT)
     assert "interrupted; " in process.communicate(timeout=100)[0]
-    assert 0 < cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 1000000
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
+    assert 0 < state["updates"] < 1000000
+    assert not torch.equal(*state["generators"])
     assert_chains_are_the_last_batch(tmp_path, small[-1])
+    alone = run(*small, *settings, "--out", tmp_path)
+    assert alone.exit_code == 1
+    assert "torchrun --nproc-per-node=2" in alone.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run_and_go_on_only_as_two(small, tmp_path):
     six, eight = ([*small, "--set", "decay=none", "--set", f"updates={n}"] for n in (6, 8))
     result = torchrun(*six, "--out", tmp_path)
