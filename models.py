@@ -154,7 +154,7 @@ class Network(nn.Module):
         convolution = self.trunk[0]
         if torch.compiler.is_compiling():
             return patch_convolution(x, convolution.weight, convolution.bias)
-        frozen = not convolution.weight.requires_grad  # while a chain runs
+        frozen = not any(p.requires_grad for p in convolution.parameters())  # in a chain
         if frozen and x.device.type == "cpu" and not AMX:
             return PixelGradient.apply(x, convolution.weight, convolution.bias)
         return convolution(x)
@@ -188,6 +188,20 @@ class Gaussian:
     def log_partition(lam: Tensor) -> Tensor:
         lam1, lam2 = lam.unbind(-2)
         return (-lam1 * lam1 / (4 * lam2) - 0.5 * torch.log(-2 * lam2)).sum(-1)
+
+    @staticmethod
+    def log_partition_change(lam: Tensor, t: Tensor) -> Tensor:
+        """A(lam + t) - A(lam), without the difference of two large numbers.
+
+        With precisions p = -2 lam2 and s = -2 t2 it is, summed over dimensions,
+        (t1^2 / 2 + lam1 t1 - lam1^2 s / (2 p)) / (p + s) - log(1 + s / p) / 2. In float32 and 128
+        dimensions the plain difference is off by up to 0.16 for components of standard deviation
+        0.01, this form by 3e-5 (greatest of 1,000 random ones).
+        """
+        (lam1, lam2), (t1, t2) = lam.unbind(-2), t.unbind(-2)
+        p, s = -2 * lam2, -2 * t2
+        quadratic = (t1 * t1 / 2 + lam1 * t1 - lam1 * (lam1 / p) * s / 2) / (p + s)
+        return (quadratic - 0.5 * torch.log1p(s / p)).sum(-1)
 
     @staticmethod
     def member(lam: Tensor) -> td.Independent:
@@ -227,8 +241,8 @@ class ConjugatePrior(nn.Module):
         """E_lam(z): (B, D) -> (B,)."""
         raise NotImplementedError
 
-    def log_normaliser(self, lam: Tensor) -> Tensor | float:
-        """The A(lam) that `energy` contains: (K,), or 0 if it is that of an unnormalised prior."""
+    def log_integral(self, t: Tensor) -> Tensor:
+        """log of the integral of exp(<t, eta(z)> - E_lam_k(z)) over z: (B, S, D) -> (B, K)."""
         raise NotImplementedError
 
     def joint_energy(self, t: Tensor, z: Tensor) -> Tensor:
@@ -236,10 +250,9 @@ class ConjugatePrior(nn.Module):
         return self.energy(z) - (t * self.family.eta(z)).sum((-1, -2))
 
     def log_joint(self, t: Tensor) -> Tensor:
-        """log p(x, y = k) + const = log pi_k + A(lam_k + t) - A(lam_k): (B, S, D) -> (B, K)."""
-        lam = self.lam()
-        shifted = self.family.log_partition(lam + t[:, None])
-        return shifted - self.log_normaliser(lam) - math.log(len(lam))
+        """log p(x, y = k) + const, y the component: (B, S, D) -> (B, K)."""
+        log_integral = self.log_integral(t)
+        return log_integral - math.log(log_integral.shape[1])
 
     def marginal_energy(self, t: Tensor) -> Tensor:
         """E(x) = -log sum_k p(x, y = k), exact: (B, S, D) -> (B,)."""
@@ -287,11 +300,12 @@ class GaussianPrior(ConjugatePrior):
         return torch.stack([self.location * precision, -0.5 * precision], dim=1)
 
     def energy(self, z: Tensor) -> Tensor:
-        members = Gaussian.member(self.lam())  # batch (K,)
+        members = normal(self.location, self.log_std.exp())  # batch (K,)
         return math.log(len(self.location)) - members.log_prob(z[:, None]).logsumexp(1)
 
-    def log_normaliser(self, lam: Tensor) -> Tensor:
-        return Gaussian.log_partition(lam)
+    def log_integral(self, t: Tensor) -> Tensor:
+        """A(lam_k + t) - A(lam_k), since E_lam is normalised."""
+        return Gaussian.log_partition_change(self.lam(), t[:, None])
 
     def sample(self, count: int) -> Tensor:
         """z ~ p_lam (count, D), differentiable in the prior's parameters."""
@@ -314,8 +328,9 @@ class BernoulliPrior(ConjugatePrior):
     def energy(self, z: Tensor) -> Tensor:
         return -(self.theta_z * Bernoulli.eta(z)).sum((-1, -2))
 
-    def log_normaliser(self, lam: Tensor) -> float:
-        return 0.0
+    def log_integral(self, t: Tensor) -> Tensor:
+        """A(lam + t), since E_lam is without A(lam)."""
+        return Bernoulli.log_partition(self.lam() + t[:, None])
 
 
 # Energy-based models

@@ -514,6 +514,36 @@ def test_batch_normalisation_of_rows_is_that_of_maps_with_second_derivatives():
     torch.testing.assert_close(*ends)
 
 
+@pytest.mark.parametrize("std", [1.0, 0.1, 0.01, 1e-3])
+def test_the_change_of_the_log_partition_does_not_cancel_for_narrow_components(std):
+    generator = torch.Generator().manual_seed(0)
+    mean, t1, h = torch.randn(3, 50, 128, generator=generator)
+    lam = torch.stack([mean / std**2, torch.full_like(mean, -0.5 / std**2)], 1)
+    t = torch.stack([t1, -h * h], 1)
+    exact = models.Gaussian.log_partition(lam.double() + t.double())
+    exact = exact - models.Gaussian.log_partition(lam.double())
+    change = models.Gaussian.log_partition_change(lam, t).double()
+    torch.testing.assert_close(change, exact, atol=1e-4, rtol=1e-5)
+
+
+def test_a_bias_above_a_frozen_weight_has_its_gradient(monkeypatch):
+    monkeypatch.setattr(models, "AMX", False)  # where the weight's gradient alone was asked about
+    model, x = build("cebm"), torch.rand(4, 1, 28, 28)
+    first = model.network.trunk[0]
+    first.weight.requires_grad_(False)
+    model.energy(x).sum().backward()
+    assert first.weight.grad is None
+    assert first.bias.grad.abs().sum() > 0
+
+
+def test_there_may_be_more_chains_than_images_and_fewer(x):
+    model = small(3)
+    for chains in (torch.rand(9, *SHAPE).double(), torch.rand(2, *SHAPE).double()):
+        _, metrics = model.loss(x, None, chains)
+        torch.testing.assert_close(metrics["energy_data"], model.energy(x).mean())
+        torch.testing.assert_close(metrics["energy_chains"], model.energy(chains).mean())
+
+
 def test_narrow_components_have_the_energy_of_their_density():
     model = build("gmm-vae", components=5, latent=128, prior_mean_std=1.0, prior_std=(0.01, 0.01))
     z = model.prior.location[2:3] + 0.01 * torch.randn(4, 128)
