@@ -90,14 +90,12 @@ class Between:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images that a model is trained on."""
+    """The images that a model is trained on. Pixels are scaled to [-1, 1]."""
 
     name: Annotated[str, "a data set, a key of `data` in configs.yaml"]
     image: Annotated[tuple[int, int, int], Between(1, 512), "channels, height and width in pixels"]
     classes: Annotated[int, Between(1, 10_000), "how many there are"]
-    noise_std: Annotated[
-        float, Between(0, 10), "standard deviation of the noise on training images in [-1, 1]"
-    ]
+    noise_std: Annotated[float, Between(0, 10), "standard deviation of noise on training images"]
     extra: Annotated[bool, "SVHN: train on its extra images too"]
 
 
@@ -106,42 +104,21 @@ class ModelConfig:
     """The model: widths, prior and loss."""
 
     name: Annotated[str, "a model, a key of `models` in configs.yaml"]
-    channels: Annotated[
-        tuple[int, int, int, int], Between(1, 4096), "of the four convolutions of Tables 5 to 8"
-    ]
+    channels: Annotated[tuple[int, int, int, int], Between(1, 4096), "of the four convolutions"]
     hidden: Annotated[int, Between(1, 65_536), "units of the hidden layer after them"]
     latent: Annotated[int, Between(1, 65_536), "dimensions of z; of IGEBM, the last hidden layer"]
-    head: Annotated[
-        Literal["shared", "separate"], "CEBM: one hidden layer for both statistics or one each"
-    ]
-    t2: Annotated[Literal["square", "softplus"], "CEBM: the second statistic, -h^2 or -softplus(h)"]
+    head: Annotated[Literal["shared", "separate"], "CEBM: hidden layer of t1 and t2, or one each"]
+    t2: Annotated[Literal["square", "softplus"], "CEBM: t2 of the output h, -h^2 or -softplus(h)"]
     l2: Annotated[float, Between(0, 1e6), "weight of the L2 term on energies"]
     l2_on: Annotated[Literal["data", "both"], "whose energies: of data, or of chains too"]
-    components: Annotated[
-        int, Between(1, 10_000), "of the Gaussian prior; 1 is N(0, I), more are learned"
-    ]
-    prior_mean_std: Annotated[
-        float, Between(0, 1000), "its components start with means of this standard deviation"
-    ]
-    prior_std: Annotated[
-        tuple[float, float],
-        Between(0.001, 1000),
-        "they start with standard deviations uniform between these two",
-    ]
-    represent: Annotated[
-        Literal["mixture", "component"],
-        "GMM-CEBM's latent: the mean of the mixture or of its likeliest component",
-    ]
+    components: Annotated[int, Between(1, 10_000), "of the prior; 1 is N(0, I), more are learned"]
+    prior_mean_std: Annotated[float, Between(0, 1000), "components: spread of their first means"]
+    prior_std: Annotated[tuple[float, float], Between(0.001, 1000), "range of their first stds"]
+    represent: Annotated[Literal["mixture", "component"], "GMM-CEBM: whose mean is latent"]
     likelihood: Annotated[Literal["bernoulli", "continuous_bernoulli"], "VAE: of pixels in [0, 1]"]
-    gradient_penalty: Annotated[
-        float,
-        Between(0, 1e6),
-        "games: on half the discriminator's squared slope in real images (R1)",
-    ]
+    gradient_penalty: Annotated[float, Between(0, 1e6), "games: weight of R1 on the discriminator"]
     standardise: Annotated[bool, "BiGAN: its encoder's means over a batch"]
-    visible_std: Annotated[
-        float, Between(0.001, 1000), "EFH: standard deviation of pixels in [-1, 1] given z"
-    ]
+    visible_std: Annotated[float, Between(0.001, 1000), "EFH: standard deviation of x given z"]
 
 
 @dataclass(frozen=True)
@@ -149,84 +126,52 @@ class ChainConfig:
     """The chains that energies are contrasted with, and the replay buffer that they live in."""
 
     steps: Annotated[int, Between(1, 100_000), "SGLD steps, or sweeps of Gibbs, in each update"]
-    final_steps: Annotated[
-        int,
-        Between(0, 100_000),
-        "steps at the end, to which they grow by a constant factor an update; 0: as `steps`",
-    ]
+    final_steps: Annotated[int, Between(0, 100_000), "to which steps grow over the run; 0: not"]
     step_size: Annotated[float, Between(0, 1e6), "what a step multiplies the gradient by"]
-    noise_std: Annotated[
-        float, Between(0, 1000), "standard deviation of a step's noise on pixels in [-1, 1]"
-    ]
-    bound: Annotated[
-        float, Between(0, 1000), "pixels of chains stay within plus and minus it; 0: no bound"
-    ]
+    noise_std: Annotated[float, Between(0, 1000), "standard deviation of a step's noise"]
+    bound: Annotated[float, Between(0, 1000), "pixels stay within plus and minus it; 0: no bound"]
     buffer: Annotated[int, Between(1, 10_000_000), "chains that persist"]
     reuse: Annotated[float, Between(0, 1), "probability that a drawn chain is not restarted"]
-    data_restarts: Annotated[
-        float, Between(0, 1), "share of restarts from training images with noise; others: noise"
-    ]
-    restart_std: Annotated[
-        float, Between(0, 1000), "standard deviation of the noise on these images"
-    ]
+    data_restarts: Annotated[float, Between(0, 1), "share of restarts from images, not from noise"]
+    restart_std: Annotated[float, Between(0, 1000), "standard deviation of noise on those images"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimiser, the length of the run and what it leaves."""
+    """The optimiser (Adam), the length of the run and what it leaves."""
 
     updates: Annotated[int, Between(1, 1_000_000_000), "length of the run"]
-    batch: Annotated[int, Between(1, 1_000_000), "images, and chains, an update"]
-    rate: Annotated[float, Between(0, 10), "Adam's learning rate"]
-    beta1: Annotated[float, Between(0, 0.999999), "Adam's"]
-    beta2: Annotated[float, Between(0, 0.999999), "Adam's"]
-    epsilon: Annotated[float, Between(1e-16, 1), "Adam's"]
+    batch: Annotated[int, Between(1, 1_000_000), "images, and chains, in each update"]
+    rate: Annotated[float, Between(0, 10), "learning rate"]
+    beta1: Annotated[float, Between(0, 0.999999), "Adam's decay of the mean gradient"]
+    beta2: Annotated[float, Between(0, 0.999999), "Adam's decay of the mean squared gradient"]
+    epsilon: Annotated[float, Between(1e-16, 1), "Adam's, in its denominator"]
     warmup: Annotated[int, Between(0, 1_000_000_000), "updates over which the rate rises from 0"]
     decay: Annotated[Literal["none", "cosine"], "of the rate, to 0 at the last update"]
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"],
-        "of convolutions; auto: the one that the hardware is faster in",
-    ]
+    precision: Annotated[Literal["auto", "float32", "bfloat16"], "auto: the hardware's faster one"]
     compile: Annotated[bool, "on a GPU, the energy that chains descend; half a minute at first"]
     threads: Annotated[int, Between(0, 4096), "of a CPU; 0: torch's choice, one a core"]
     seed: Annotated[int, Between(0, 2**31 - 1), "of every random number of the run"]
-    average: Annotated[
-        float, Between(0, 0.999999), "decay of the weights' average that is evaluated; 0: none"
-    ]
-    log_every: Annotated[
-        int, Between(1, 1_000_000_000), "updates from one row of the log to the next"
-    ]
-    checkpoint_every: Annotated[
-        int, Between(1, 1_000_000_000), "updates from one checkpoint to the next"
-    ]
-    pictures: Annotated[int, Between(0, 1000), "of chains, or of a generator's draws, in the run"]
+    average: Annotated[float, Between(0, 0.999999), "decay of the weights' average; 0: none"]
+    log_every: Annotated[int, Between(1, 1_000_000_000), "updates between rows of the log"]
+    checkpoint_every: Annotated[int, Between(1, 1_000_000_000), "updates between checkpoints"]
+    pictures: Annotated[int, Between(0, 1000), "of chains or a generator's draws, over the run"]
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """When a run is taken to diverge: it goes back to its last good state."""
+    """When a run is taken to diverge, so that it goes back to its last good state.
 
-    energy_bound: Annotated[
-        float, Between(1, 1e30), "bound on the loss, a mean energy or the norm of the weights"
-    ]
-    gap: Annotated[
-        float,
-        Between(1e-3, 1e30),
-        "size of mean E(data) - mean E(chains) that is always healthy",
-    ]
-    pixels: Annotated[
-        float, Between(1, 1e30), "size of chains' pixels that is always healthy; noise comes on top"
-    ]
-    runaway: Annotated[
-        float,
-        Between(1, 1e30),
-        "how many times the larger of these and their recent level is too much",
-    ]
-    every: Annotated[int, Between(1, 1_000_000_000), "updates from one check to the next"]
-    same_rate: Annotated[
-        int, Between(0, 1_000_000), "rollbacks that keep the rate; each later one halves it"
-    ]
-    rollbacks: Annotated[int, Between(0, 1_000_000), "the run ends after more of them than this"]
+    The gap is mean E(data) - mean E(chains). Noise of the chains is added to `pixels`.
+    """
+
+    energy_bound: Annotated[float, Between(1, 1e30), "on loss, mean energies, norm of weights"]
+    gap: Annotated[float, Between(1e-3, 1e30), "size of the gap that is always healthy"]
+    pixels: Annotated[float, Between(1, 1e30), "size of chains' pixels that is always healthy"]
+    runaway: Annotated[float, Between(1, 1e30), "times these or their recent level is too much"]
+    every: Annotated[int, Between(1, 1_000_000_000), "updates between checks"]
+    same_rate: Annotated[int, Between(0, 1_000_000), "rollbacks before one halves the rate"]
+    rollbacks: Annotated[int, Between(0, 1_000_000), "after more of them the run ends"]
 
 
 @dataclass(frozen=True)
