@@ -286,8 +286,13 @@ def test_signals_are_the_callers_again_after_training(tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_closed_terminal_or_a_scheduler_ends_a_run_as_ctrl_c_does(tmp_path, monkeypatch, name):
-    send_signal(monkeypatch, 7, getattr(signal, name))
-    result = run("train", *tiny(), "--out", tmp_path)
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)  # also where the tests run under nohup
+    send_signal(monkeypatch, 7, number)
+    try:
+        result = run("train", *tiny(), "--out", tmp_path)
+    finally:
+        signal.signal(number, before)
     assert result.exit_code == 130
     assert "interrupted; the same command resumes from" in result.stdout
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 7
