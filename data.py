@@ -5,16 +5,21 @@ and `glyphs`, digits drawn by code. To add one, write a reader (split, root, ima
 labels, with labels from 0 on, and a line there and in configs.yaml.
 """
 
+import io
 import sys
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from click import ClickException as DataError  # one message on stderr, exit status 1
-from PIL import Image, ImageDraw
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from torch import Tensor
 
 
@@ -54,91 +59,238 @@ def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
 def class_names(name: str, data_dir: str, num_classes: int) -> list[str]:
     """What the labels stand for, in their order."""
     if DATASETS[name].classes is None:
-        return sorted(path.name for path in (Path(data_dir) / "train").iterdir() if path.is_dir())
+        return list(find_classes(Path(data_dir) / "train"))
     return list(DATASETS[name].names) or [str(label) for label in range(num_classes)]
 
 
 # Public sets
 
 
-def read_torchvision(
-    kind: str, counts: dict[str, int], split: str, root: Path, shape
-) -> tuple[Tensor, Tensor]:
-    """A split of torchvision's class `kind`, checked to hold counts[split] images."""
-    data = open_torchvision(kind, split, root)
-    images = torch.as_tensor(data.data)
-    if images.dim() == 3:  # MNIST: (N, H, W)
-        images = images[:, None]
-    elif images.shape[3] == 3:  # CIFAR-10: (N, H, W, C)
-        images = images.permute(0, 3, 1, 2).contiguous()
-    labels = torch.as_tensor(data.labels if hasattr(data, "labels") else data.targets).long()
-    if len(images) != len(labels) or len(images) != counts[split]:
-        raise DataError(
-            f"{kind} ({split}) in {root} has {len(images)} images and {len(labels)} labels, not "
-            f"{counts[split]}: delete its files to download them anew"
-        )
-    return images, labels
+@dataclass(frozen=True)
+class PublicSet:
+    """A data set that torchvision reads, and downloads where it is absent."""
 
+    kind: str  # torchvision's class
+    files: str  # where its files belong below the data folder, as a pattern
+    counts: dict[str, int]  # images of each split
+    sums: dict[str, int]  # CRC-32 of its images and labels, where torchvision checks no sums
 
-def open_torchvision(kind: str, split: str, root: Path):
-    """Opens a data set of torchvision, downloading it if it is absent."""
-    from torchvision import datasets
+    def read(self, split: str, root: Path, shape) -> tuple[Tensor, Tensor]:
+        """Images and labels of a split, checked to be those of this set."""
+        data = self.open(split, root)
+        images = torch.as_tensor(data.data)
+        if images.dim() == 3:  # MNIST: (N, H, W)
+            images = images[:, None]
+        elif images.shape[3] == 3:  # CIFAR-10: (N, H, W, C); SVHN: (N, C, H, W)
+            images = images.permute(0, 3, 1, 2).contiguous()
+        labels = torch.as_tensor(data.labels if hasattr(data, "labels") else data.targets).long()
+        where, count = f"{self.kind} ({split}) in {root}", self.counts[split]
+        if len(images) != len(labels) or len(images) != count:
+            raise DataError(
+                f"{where} has {len(images)} images and {len(labels)} labels, not {count}: delete "
+                f"{root / self.files} to download it anew"
+            )
+        if split in self.sums and checksum(images, labels) != self.sums[split]:
+            raise DataError(
+                f"{where} holds other images than {self.kind} has, perhaps another data set's: "
+                f"delete {root / self.files} to download it anew"
+            )
+        return images, labels
 
-    which = {"split": split} if kind == "SVHN" else {"train": split == "train"}
-    where = f"{kind} ({split}) in {root}"
-    try:
+    def open(self, split: str, root: Path):
+        """torchvision's object of a split, downloaded if it is not there."""
+        from torchvision import datasets
+
+        which = {"split": split} if self.kind == "SVHN" else {"train": split == "train"}
+        make = partial(getattr(datasets, self.kind), root, **which)
+        where = f"{self.kind} ({split})"
         try:
-            return getattr(datasets, kind)(root, download=False, **which)
+            return make(download=False)
         except RuntimeError:  # torchvision: "Dataset not found or corrupted"
-            print(f"{where} is absent or incomplete: downloading", file=sys.stderr)
-            return getattr(datasets, kind)(root, download=True, **which)
-    except Exception as error:  # torchvision raises whatever its parsers and the network raise
-        reason = str(error).partition("\n")[0] or repr(error)
-        raise DataError(
-            f"cannot read or download {where} ({reason}): check --data-dir and the network, or "
-            "delete the damaged files"
-        ) from error
+            echo(f"{where} in {root} is absent or incomplete: downloading")
+        except Exception as error:  # its parsers raise whatever the damage provokes
+            reason = " ".join(str(error).split()) or repr(error)
+            raise DataError(
+                f"{where} in {root} cannot be read ({reason}): delete {root / self.files} to "
+                "download it anew"
+            ) from error
+        folders = [root / self.kind / "raw", root / self.kind, root]  # that torchvision may make
+        absent = [folder for folder in folders if not folder.exists()]
+        try:
+            return make(download=True)
+        except Exception as error:  # whatever the network, or its parsers, raise
+            for folder in absent:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+            reason = " ".join(str(error).split()) or repr(error)
+            raise DataError(
+                f"{where} was looked for in {root / self.files}; {contents(root)}. The download "
+                f"failed: {reason}. Put the files there, or choose another --data-dir"
+            ) from error
+
+
+def checksum(images: Tensor, labels: Tensor) -> int:
+    """CRC-32 of the images' bytes and then the labels'."""
+    return zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
+
+
+def contents(folder: Path, most: int = 6) -> str:
+    """What is in a folder, for a message."""
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    names = sorted(path.name for path in folder.iterdir())
+    more = ", ..." if len(names) > most else ""
+    return f"{folder} has {', '.join(names[:most])}{more}" if names else f"{folder} is empty"
 
 
 # A folder of the user's own
 
+# Formats whose first frame Pillow reads without plugins.
+ENDINGS = frozenset(".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp .gif".split())
+
 
 def read_folder(split: str, root: Path, shape) -> tuple[Tensor, Tensor]:
     """Images of `root`/SPLIT/CLASS/, scaled to `shape`; labels are the classes' order by name."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        found, train = ImageFolder(root / split), ImageFolder(root / "train")
-    except OSError as error:  # no such folder, no classes, or a class without images
+    classes, train = find_classes(root / split), find_classes(root / "train")
+    if list(classes) != list(train):
         raise DataError(
-            f"{str(error).splitlines()[0]}. Images belong in {root}/train/CLASS/ and "
-            f"{root}/test/CLASS/ (--data-dir {root})"
-        ) from error
-    if found.classes != train.classes:
-        raise DataError(
-            f"{root}: train has the classes {', '.join(train.classes)}, {split} has "
-            f"{', '.join(found.classes)}; they have to be the same"
+            f"{root}: train has the classes {', '.join(train)}, {split} has "
+            f"{', '.join(classes)}; they have to be the same"
         )
-    channels = 1 if shape[0] == 1 else 3
-    height, width = shape[1:]
-    images = torch.empty(len(found), channels, height, width, dtype=torch.uint8)
-    for image, (path, _) in zip(images, found.samples, strict=True):
-        pixels = read_image(path, channels, height, width)
-        image.copy_(torch.from_numpy(pixels).permute(2, 0, 1))
-    return images, torch.tensor(found.targets)
+    paths = [path for files in classes.values() for path in files]
+    labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    return read_images(paths, shape), torch.tensor(labels)
 
 
-def read_image(path: str, channels: int, height: int, width: int) -> np.ndarray:
-    """An image file scaled to uint8 (height, width, channels); DataError if it cannot be read."""
+def find_classes(folder: Path) -> dict[str, list[Path]]:
+    """The classes of `folder` in the order of their names, each with its image files."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder. {WHERE_IMAGES_BELONG.format(folder.parent)}")
+    seen = {folder.resolve(), *folder.resolve().parents}  # a link to them is no class
+    classes = {}
+    for path in sorted(folder.iterdir()):
+        if is_shown(path) and path.is_dir() and path.resolve() not in seen:
+            classes[path.name] = find_images(path, seen)
+    if not classes:
+        raise DataError(f"{folder} has no classes. {WHERE_IMAGES_BELONG.format(folder.parent)}")
+    if empty := [name for name, files in classes.items() if not files]:
+        endings = ", ".join(sorted(ENDINGS))
+        raise DataError(f"{folder} has classes without images ({endings}): {', '.join(empty)}")
+    return classes
+
+
+WHERE_IMAGES_BELONG = "Images belong in {0}/train/CLASS/ and {0}/test/CLASS/ (--data-dir {0})"
+
+
+def find_images(folder: Path, seen: set[Path]) -> list[Path]:
+    """Image files at any depth, by name; `seen` are the folders that have been looked into.
+
+    Only regular files count, each once; links are followed to places that were not seen before.
+    """
+    seen.add(folder.resolve())
+    images, files = [], set()
+    for path in sorted(folder.iterdir()):
+        if not is_shown(path):
+            continue
+        if path.is_dir() and path.resolve() not in seen:
+            images += find_images(path, seen)
+        elif path.suffix.lower() in ENDINGS and path.is_file() and path.resolve() not in files:
+            files.add(path.resolve())
+            images.append(path)
+    return images
+
+
+def is_shown(path: Path) -> bool:
+    """Not hidden, and not what macOS and Windows leave beside files."""
+    return not path.name.startswith((".", "__MACOSX"))
+
+
+def read_images(paths: list[Path], shape) -> Tensor:
+    """Image files scaled to `shape` (C, H, W), C 1 or 3: uint8 (N, C, H, W).
+
+    Says once what a user may not expect: transparency, colours that are lost.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise DataError(f"images have 1 channel (grey) or 3 (colours), not {channels}")
+    images = torch.empty(len(paths), *shape, dtype=torch.uint8)
+    transparent = coloured = 0
+    read = partial(read_image, channels=channels, height=height, width=width)
+    with ThreadPoolExecutor() as pool, progress(pool.map(read, paths), len(paths)) as pictures:
+        for image, picture in zip(images, pictures, strict=True):
+            image.copy_(torch.from_numpy(picture.pixels).permute(2, 0, 1))
+            transparent += picture.transparent
+            coloured += picture.coloured
+    if transparent:
+        echo(f"{transparent} of {len(paths)} images are transparent: shown on white")
+    if coloured and channels == 1:
+        echo(
+            f"{coloured} of {len(paths)} images have colours and are read as grey; to keep the "
+            f'colours, train with --set "data.image=[3,{height},{width}]"'
+        )
+    return images
+
+
+def echo(line: str) -> None:
+    """Tells the user something, apart from results."""
+    print(line, file=sys.stderr)
+
+
+def progress(items, length: int):
+    """`items` with a bar on a terminal, where there are many."""
+    hidden = length < 200 or not sys.stderr.isatty()
+    return click.progressbar(items, length, "reading images", file=sys.stderr, hidden=hidden)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as a viewer shows it."""
+
+    pixels: np.ndarray  # uint8 (height, width, channels)
+    transparent: bool  # it was, somewhere
+    coloured: bool  # it has other colours than greys
+
+
+def read_image(path: Path, channels: int, height: int, width: int) -> Picture:
+    """An image file, scaled; of an animation the first frame. DataError if it cannot be read."""
     try:
         with Image.open(path) as picture:
-            if picture.mode[0] in "IF":  # Pillow would clip it to 255
-                raise ValueError("more than 8 bits a pixel")
-            picture = picture.convert("L" if channels == 1 else "RGB")
-            pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
-            return pixels.reshape(height, width, channels)
+            picture.draft(None, (2 * width, 2 * height))  # a JPEG decodes faster at half its size
+            if picture.mode.startswith("I;16"):  # 16 bits a pixel, of which a viewer shows 8
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            elif picture.mode[0] in "IF":
+                raise ValueError("more than 16 bits a pixel")
+            shown, transparent = as_shown(picture)
+            shown = shown.resize((width, height), Image.Resampling.BILINEAR)
+            colours = np.asarray(shown)
+            coloured = bool(np.ptp(colours.astype(np.int16), axis=2).max() > 8)
+            pixels = np.array(shown.convert("L"))[..., None] if channels == 1 else colours.copy()
+            return Picture(pixels, transparent, coloured)
     except Exception as error:  # Pillow raises whatever the damage happens to provoke
         raise DataError(f"{path} cannot be read ({error}): replace or delete it") from error
+
+
+def as_shown(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """Upright, in sRGB and on white: RGB, and whether it was transparent anywhere."""
+    profile = picture.info.get("icc_profile")
+    upright = ImageOps.exif_transpose(picture)
+    if "A" in upright.getbands() or "a" in upright.getbands() or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        transparent = upright.getextrema()[3][0] < 255
+        white = Image.new("RGBA", upright.size, "white")
+        shown = Image.alpha_composite(white, upright).convert("RGB")
+    else:
+        transparent, shown = False, upright.convert("RGB")
+    return (in_srgb(shown, profile) if profile and picture.mode != "CMYK" else shown), transparent
+
+
+def in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+    """An RGB picture whose colours are meant in another profile, as it would be in sRGB."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"))
+    except (ImageCms.PyCMSError, OSError):  # of another kind, as of grey images, or damaged
+        return picture
 
 
 # The embedded digits
@@ -239,20 +391,26 @@ class Dataset:
     counts: dict[str, int] = field(default_factory=dict)  # images of each split
 
 
-def public(kind: str, shape, train: int, test: int, names: str = "", **more: int) -> Dataset:
-    """A data set of ten classes that torchvision reads and downloads."""
+def public(kind: str, files: str, shape, train, test, names="", sums=(), **more) -> Dataset:
+    """A data set of ten classes that torchvision reads: `train` and `test` images, and `more`."""
     counts = {"train": train, "test": test, **more}
-    read = partial(read_torchvision, kind, counts)
-    return Dataset(read, shape, 10, tuple(names.split()), counts)
+    sums = dict(zip(("train", "test"), sums, strict=False))
+    public_set = PublicSet(kind, files, counts, sums)
+    return Dataset(public_set.read, shape, 10, tuple(names.split()), counts)
 
 
 FASHION = "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot"
 OBJECTS = "airplane automobile bird cat deer dog frog horse ship truck"
+GREY, COLOURS = (1, 28, 28), (3, 32, 32)
+MNIST_SUMS = (0x60637407, 0x895A175A)
+FASHION_SUMS = (0x566FCE17, 0xA4D3026C)
 DATASETS = {
-    "mnist": public("MNIST", (1, 28, 28), 60_000, 10_000),
-    "fmnist": public("FashionMNIST", (1, 28, 28), 60_000, 10_000, FASHION),
-    "cifar10": public("CIFAR10", (3, 32, 32), 50_000, 10_000, OBJECTS),
-    "svhn": public("SVHN", (3, 32, 32), 73_257, 26_032, extra=531_131),
-    "glyphs": Dataset(read_glyphs, (1, 28, 28), 10, counts={"train": 10_000, "test": 2_000}),
-    "folder": Dataset(read_folder, (1, 28, 28), None),
+    "mnist": public("MNIST", "MNIST/raw", GREY, 60_000, 10_000, sums=MNIST_SUMS),
+    "fmnist": public(
+        "FashionMNIST", "FashionMNIST/raw", GREY, 60_000, 10_000, FASHION, FASHION_SUMS
+    ),
+    "cifar10": public("CIFAR10", "cifar-10-batches-py", COLOURS, 50_000, 10_000, OBJECTS),
+    "svhn": public("SVHN", "*_32x32.mat", COLOURS, 73_257, 26_032, extra=531_131),
+    "glyphs": Dataset(read_glyphs, GREY, 10, counts={"train": 10_000, "test": 2_000}),
+    "folder": Dataset(read_folder, GREY, None),
 }

@@ -1,6 +1,7 @@
 """Each loader on files of its real format, made here, whole and damaged; the embedded set."""
 
 import hashlib
+import os
 import pickle
 import struct
 from urllib.error import URLError
@@ -8,7 +9,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision import datasets
 
 import cebm
@@ -48,7 +49,7 @@ def offline(monkeypatch):
 def counted(monkeypatch):
     """The public sets are of 20 images a split, as the files made here."""
     few = {
-        name: data.public(kind, data.DATASETS[name].shape, 20, 20, extra=20)
+        name: data.public(kind, "files", data.DATASETS[name].shape, 20, 20, extra=20)
         for name, kind in KINDS.items()
     }
     monkeypatch.setattr(data, "DATASETS", data.DATASETS | few)
@@ -113,6 +114,29 @@ def test_svhn_files_come_back_with_zero_for_the_digit_zero_and_extra_appended(
 def test_an_absent_set_without_a_network_is_an_error_that_names_it(tmp_path, offline, name):
     with pytest.raises(data.DataError, match=rf"{KINDS[name]} \(train\).*--data-dir"):
         data.load(name, "train", str(tmp_path))
+
+
+def test_a_failed_download_says_what_was_looked_for_what_is_there_and_why(tmp_path, offline):
+    (tmp_path / "train-images.idx3-ubyte").write_text("as Kaggle names it")
+    with pytest.raises(data.DataError) as error:
+        data.load("mnist", "train", tmp_path)
+    for part in ("MNIST/raw", "train-images.idx3-ubyte", "no route to host", "ossci-datasets"):
+        assert part in error.value.message
+    assert [path.name for path in tmp_path.iterdir()] == ["train-images.idx3-ubyte"]
+    with pytest.raises(data.DataError, match="is no folder"):
+        data.load("mnist", "train", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_sets_files_in_a_sets_place_are_refused(tmp_path, monkeypatch):
+    pixels, labels = write_idx(tmp_path)
+    sums = 2 * [data.checksum(pixels, labels)]
+    for name, known in ("mnist", sums), ("fmnist", [0, 0]):
+        small = data.public("MNIST", "MNIST/raw", (1, 28, 28), 20, 20, sums=known)
+        monkeypatch.setitem(data.DATASETS, name, small)
+    assert torch.equal(data.load("mnist", "train", tmp_path)[0], pixels)
+    with pytest.raises(data.DataError, match="holds other images than MNIST has"):
+        data.load("fmnist", "train", tmp_path)
 
 
 def test_an_absent_set_is_downloaded(tmp_path, counted, monkeypatch):
@@ -198,11 +222,162 @@ def test_a_folder_keeps_pixels_that_already_fit(tmp_path):
     assert torch.equal(images[0], torch.tensor(pixels).permute(2, 0, 1))
 
 
-def test_images_of_16_bits_are_refused_and_not_clipped(tmp_path):
+def draw(picture, path, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **options)
+
+
+@pytest.fixture
+def disc():
+    """A black disc in the middle of nothing: an image with transparency (20 x 20)."""
+    y, x = np.mgrid[:20, :20] - 9.5
+    pixels = np.zeros((20, 20, 4), np.uint8)
+    pixels[..., 3] = 255 * (x**2 + y**2 < 36)
+    return Image.fromarray(pixels)
+
+
+def with_key(picture, mode, path):
+    """The disc with one colour declared transparent, in place of an alpha channel."""
+    grey = Image.new("L", picture.size, 200)
+    grey.paste(0, mask=picture.getchannel("A"))
+    if mode == "P":
+        draw(grey.convert("P"), path, transparency=200)
+    else:
+        draw(grey.convert(mode), path, transparency=200 if mode == "L" else (200, 200, 200))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "L", "RGB", "P"])
+def test_what_is_transparent_is_shown_on_white_and_said_once(
+    tmp_path, capsys, disc, mode, channels
+):
+    path = tmp_path / "train/a/0.png"
+    if mode in ("RGBA", "LA"):
+        draw(disc.convert(mode), path)
+    elif mode == "PA":
+        draw(disc.convert("PA"), path.with_suffix(".tif"))
+    else:
+        with_key(disc, mode, path)
+    draw(disc, tmp_path / "train/a/1.png")
+    images, _ = data.load("folder", "train", tmp_path, (channels, 20, 20))
+    assert (images[:, :, 10, 10] == 0).all()  # ink
+    assert (images[:, :, 0, 0] == 255).all()  # paper
+    assert capsys.readouterr().err == "2 of 2 images are transparent: shown on white\n"
+
+
+def test_sixteen_drawings_in_ink_on_nothing_differ_from_their_ground_and_each_other(tmp_path):
+    for k in range(16):
+        pixels = np.zeros((32, 32, 4), np.uint8)
+        pixels[2 * k : 2 * k + 2, :, 3] = 255
+        draw(Image.fromarray(pixels), tmp_path / f"train/a/{k:02}.png")
+    images, _ = data.load("folder", "train", tmp_path, (1, 32, 32))
+    assert len(images.flatten(1).unique(dim=0)) == 16
+    assert all(image.min() == 0 and image.max() == 255 for image in images)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_upright_however_the_camera_was_held(tmp_path, orientation):
+    upright = Image.new("L", (32, 32), 255)
+    upright.paste(0, (0, 0, 12, 6))  # ink at the top left
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(turns[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    draw(stored, tmp_path / "train/a/0.png", exif=exif)
+    images, _ = data.load("folder", "train", tmp_path, (1, 32, 32))
+    assert np.array_equal(images[0, 0].numpy(), np.asarray(upright))
+
+
+def test_colours_of_another_profile_are_shown_in_srgb(tmp_path):
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = (profile.index(name, 128) for name in (b"rXYZ", b"gXYZ"))  # in its table of tags
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
+    plain = Image.new("RGB", (8, 8), (90, 120, 150))
+    draw(plain, tmp_path / "train/a/0.png")
+    draw(plain, tmp_path / "train/a/1.png", icc_profile=bytes(profile))
+    draw(plain, tmp_path / "train/a/2.png", icc_profile=b"no profile")
+    images, _ = data.load("folder", "train", tmp_path, (3, 8, 8))
+    assert images[0, :, 0, 0].tolist() == images[2, :, 0, 0].tolist() == [90, 120, 150]
+    swapped = images[1, :, 0, 0].int() - torch.tensor([120, 90, 150])
+    assert swapped.abs().max() <= 1  # what the file calls red is green
+
+
+def test_of_16_bits_a_pixel_the_upper_8_are_shown_and_of_more_none(tmp_path):
+    ramp = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
+    draw(Image.fromarray(ramp), tmp_path / "train/a/0.png")
+    images, _ = data.load("folder", "train", tmp_path, (1, 8, 8))
+    assert images[0, 0].flatten().tolist() == list(range(0, 256, 4))
+    draw(Image.fromarray(ramp.astype(np.float32)), tmp_path / "train/a/1.tif")
+    with pytest.raises(data.DataError, match=r"a/1\.tif cannot be read \(more than 16 bits"):
+        data.load("folder", "train", tmp_path, (1, 8, 8))
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+    frames = [Image.new("L", (8, 8), level) for level in (10, 200)]
+    draw(frames[0], tmp_path / "train/a/0.gif", save_all=True, append_images=frames[1:])
+    images, _ = data.load("folder", "train", tmp_path, (1, 8, 8))
+    assert (images == 10).all()
+
+
+def test_colours_that_are_read_as_grey_are_told_with_the_setting_that_keeps_them(tmp_path, capsys):
+    draw(Image.new("RGB", (8, 8), (200, 30, 30)), tmp_path / "train/a/0.png")
+    draw(Image.new("RGB", (8, 8), (90, 90, 90)), tmp_path / "train/a/1.png")
+    data.load("folder", "train", tmp_path, (1, 8, 8))
+    said = capsys.readouterr().err
+    assert said.startswith("1 of 2 images have colours and are read as grey")
+    assert "image=[3,8,8]" in said
+    data.load("folder", "train", tmp_path, (3, 8, 8))
+    assert capsys.readouterr().err == ""
+
+
+def test_what_systems_and_notebooks_leave_is_no_class_and_no_image(tmp_path):
     write_folder(tmp_path)
-    Image.fromarray(np.full((28, 28), 40_000, np.uint16)).save(tmp_path / "train/cat/0.png")
-    with pytest.raises(data.DataError, match=r"cat/0\.png cannot be read \(more than 8 bits"):
-        data.load("folder", "train", str(tmp_path), (1, 28, 28))
+    expected, labels = data.load("folder", "train", tmp_path, (1, 28, 28))
+    stray = Image.new("L", (9, 9), 77)
+    for name in (".ipynb_checkpoints", "__MACOSX", ".hidden"):
+        draw(stray, tmp_path / "train" / name / "0.png")
+        draw(stray, tmp_path / "train/cat" / name / "0.png")
+    draw(stray, tmp_path / "train/cat/._0.png")
+    (tmp_path / "train/cat/Thumbs.db").write_bytes(b"\0")
+    (tmp_path / "train/.DS_Store").write_bytes(b"\0")
+    images, found = data.load("folder", "train", tmp_path, (1, 28, 28))
+    assert torch.equal(images, expected)
+    assert torch.equal(found, labels)
+    assert data.class_names("folder", str(tmp_path), 2) == ["cat", "dog"]
+
+
+def test_links_are_followed_once_and_only_regular_files_are_read(tmp_path):
+    write_folder(tmp_path)
+    expected, labels = data.load("folder", "train", tmp_path, (1, 28, 28))
+    cat = tmp_path / "train/cat"
+    for link, target in [("here", "."), ("up", ".."), ("far", "../.."), ("again.png", "0.png")]:
+        (cat / link).symlink_to(target)
+    for link, target in [("loop", "."), ("above", "..")]:
+        (tmp_path / "train" / link).symlink_to(target)
+    (cat / "broken.png").symlink_to("nowhere")
+    os.mkfifo(cat / "pipe.png")
+    images, found = data.load("folder", "train", tmp_path, (1, 28, 28))
+    assert torch.equal(images, expected)
+    assert torch.equal(found, labels)
+
+
+def test_a_class_or_an_image_may_be_a_link_to_where_it_lies(tmp_path):
+    write_folder(tmp_path / "real")
+    for split in ("train", "test"):
+        (tmp_path / "linked" / split).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (tmp_path / "linked" / split / name).symlink_to(tmp_path / "real" / split / name)
+    one, other = (data.load("folder", "test", tmp_path / d, (1, 9, 9)) for d in ("real", "linked"))
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
 
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path):
