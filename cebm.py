@@ -38,8 +38,14 @@ from typing import (
     is_typeddict,
 )
 
-import click
-import yaml
+try:
+    import click
+    import yaml
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"Error: {error.name} is not installed: activate the environment of README.md's Start")
+
 from click import ClickException as Failure  # one message on stderr, exit status 1; UsageError: 2
 from click.core import ParameterSource
 
@@ -525,7 +531,8 @@ def as_yaml(tree: object) -> str:
 
 # ---------------------------------------------------------------------------------- Checkpoints
 
-FORMAT = 7  # of a checkpoint; another is refused
+FORMAT = 8  # of a checkpoint that is written
+READABLE = 7, 8  # 7 had log.csv in it; others are refused
 
 
 class Rollback(TypedDict):
@@ -572,7 +579,8 @@ class Checkpoint(Evaluable, Snapshot, total=False):
 
     good: Snapshot  # after it the run stayed healthy for a whole interval: where it rolls back to
     candidate: Snapshot  # of the last regular checkpoint
-    log: str  # log.csv up to `updates`
+    log: str  # log.csv up to `updates`, of a run begun before it stayed in its file
+    log_size: int  # bytes of log.csv up to `updates`
     origin: str  # of a run begun by --init-from: what it was begun from; else ""
 
 
@@ -656,8 +664,6 @@ def load_checkpoint(path) -> Checkpoint:
     try:
         require_sound_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"it is of format {state['format']}")
         complete_and_check(state)
         return state
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
@@ -698,7 +704,9 @@ def complete_and_check(state: dict) -> None:
             raise ValueError(f"{key} is missing")
     for key, value in state.items():
         if key in hints and not is_of_type(value, hints[key]):
-            raise ValueError(f"{key} is of another type")
+            raise ValueError(f"{key} is of another type, or larger than the file")
+    if state["format"] not in READABLE:
+        raise ValueError(f"it is of format {state['format']}")
     for section, values in read_recipes()["recipes"]["common"].items():
         if section not in state["config"]:
             raise ValueError(f"config.{section} is missing")
@@ -717,7 +725,10 @@ def complete_and_check(state: dict) -> None:
 
 
 def is_of_type(value: object, hint) -> bool:
-    """Whether `value` is what a hint of `Checkpoint` says, containers included."""
+    """Whether `value` is what a hint of `Checkpoint` says, containers included.
+
+    A tensor has to have all its numbers in the file: an expanded one may be of any size.
+    """
     if is_typeddict(hint):
         inner = get_type_hints(hint)
         return isinstance(value, dict) and all(
@@ -732,6 +743,11 @@ def is_of_type(value: object, hint) -> bool:
         return isinstance(value, list) and all(is_of_type(part, arguments[0]) for part in value)
     if arguments:  # a union
         return any(is_of_type(value, one) for one in arguments)
+    if hint is object and isinstance(value, dict | list | tuple):  # of the optimiser
+        parts = value.values() if isinstance(value, dict) else value
+        return all(is_of_type(part, object) for part in parts)
+    if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
+        return False
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
@@ -739,9 +755,11 @@ def load_model(path, device="cpu"):
     """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
     state = load_checkpoint(path)
     config = parse_config(state["config"])
-    model = new_model(config, device)
     averaged = state.get("average") if config.train.average else None
     try:
+        # Shapes first, before any memory is taken.
+        model_on_meta(config).load_state_dict(averaged or state["model"], assign=True)
+        model = new_model(config, device)
         model.load_state_dict(averaged or state["model"])
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise Failure(f"{path} is of another model: {str(error).splitlines()[-1]}") from error
@@ -756,13 +774,17 @@ def new_model(config: Config, device="cpu"):
     return model.to(device, memory_format=torch.channels_last)
 
 
+def model_on_meta(config: Config):
+    """The model's shapes, without its numbers."""
+    with torch.device("meta"):
+        return models.build(config.model, config.data.image, config.data.classes)
+
+
 def require_memory(config: Config, device, training=False) -> None:
     """Failure where a model, or a run of it, cannot fit into this machine's memory."""
     if torch.device(device).type != "cpu" or not hasattr(os, "sysconf"):  # Windows has none
         return
-    with torch.device("meta"):
-        model = models.build(config.model, config.data.image, config.data.classes)
-    numbers = sum(parameter.numel() for parameter in model.parameters())
+    numbers = sum(parameter.numel() for parameter in model_on_meta(config).parameters())
     if training:
         channels, height, width = config.data.image
         numbers *= 12  # gradients, Adam's moments, snapshots
@@ -1137,35 +1159,48 @@ def out_of_bounds(found: dict, level: dict, floor: dict, guard: GuardConfig) -> 
 class Stop:
     """Within this context Ctrl-C, SIGTERM and SIGHUP ask a run to save and end.
 
-    `requested` is what all processes have agreed on. Signals that were ignored before stay so, as
-    SIGHUP under `nohup`.
+    A second signal ends it at once, without saving, unless `torchrun` is at work, which passes on
+    the signals that the terminal sends too. `requested` is what all processes have agreed on.
+    Signals that were ignored before stay so, as SIGHUP under `nohup`.
     """
 
-    def __init__(self):
+    def __init__(self, processes: Processes):
+        self.processes = processes
         self.asked = self.requested = False
+        self.signals = 0
         self.previous = {}
 
     def __enter__(self) -> Stop:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                self.previous[number] = signal.signal(number, self.ask)
+                self.previous[number] = signal.signal(number, self.take)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def ask(self, *_) -> None:
+    def take(self, *_) -> None:
+        """A signal has come."""
+        self.signals += 1
+        if self.signals > 1 and self.processes.count == 1:
+            raise KeyboardInterrupt
+        self.ask()
+        if self.processes.rank == 0:
+            with suppress(OSError):  # nobody may read any more
+                os.write(2, b"saving after this update; once more ends without saving\n")
+
+    def ask(self) -> None:
         """The run is to end after the update that it is in."""
         self.asked = True
 
-    def agree(self, processes: Processes, device) -> None:
+    def agree(self, device) -> None:
         """Every process ends if one was asked to."""
         self.requested = self.asked
-        if processes.count > 1:
+        if self.processes.count > 1:
             flag = torch.tensor(float(self.asked), device=device)
-            self.requested = bool(processes.reduce_max(flag))
+            self.requested = bool(self.processes.reduce_max(flag))
 
 
 class RunLog:
@@ -1176,12 +1211,20 @@ class RunLog:
 
     def __init__(self, path: Path, stop: Stop, writes: bool):
         self.path, self.stop, self.writes = path, stop, writes
-        self.text, self.seconds_before = "", 0.0
+        self.size, self.seconds_before = 0, 0.0  # bytes of the log, seconds of earlier processes
         self.started, self.updates_made = time.monotonic(), 0
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Goes on from the rows and the time that a checkpoint holds."""
-        self.text, self.seconds_before = checkpoint["log"], checkpoint["seconds"]
+        """Goes on from the rows and the time of a checkpoint; later rows are cut off."""
+        self.seconds_before = checkpoint["seconds"]
+        rows = checkpoint.get("log", "").encode()  # of a run begun before they stayed in the file
+        if self.writes and rows:
+            write_atomically(self.path, rows)
+        self.size = checkpoint.get("log_size", len(rows))
+        there = self.path.stat().st_size if self.path.exists() else 0
+        self.size = min(self.size, there)
+        if self.writes and there > self.size:
+            os.truncate(self.path, self.size)
 
     @property
     def seconds(self) -> float:
@@ -1199,12 +1242,22 @@ class RunLog:
             "seconds": round(seconds, 1),
             "updates_per_second": round(self.updates_made / (seconds - self.seconds_before), 3),
         }
-        if not self.text:
-            self.text = ",".join(row) + "\n"
-        self.text += ",".join(map(str, row.values())) + "\n"
         if self.writes:
-            write_atomically(self.path, self.text.encode())
+            self.append(row)
         self.say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
+
+    def append(self, row: dict) -> None:
+        """Writes a row after the first `size` bytes of the file, a header before the first row."""
+        lines = [] if self.size else [",".join(row)]
+        lines.append(",".join(map(str, row.values())))
+        try:
+            with open(self.path, "r+b" if self.path.exists() else "xb") as file:
+                file.truncate(self.size)
+                file.seek(self.size)
+                file.write("".join(f"{line}\n" for line in lines).encode())
+                self.size = file.tell()
+        except OSError as error:
+            raise Failure(f"cannot write {self.path}: {error.strerror}") from error
 
     def say(self, line: str) -> None:
         """Prints a line. If it cannot be printed, the run saves and ends.
@@ -1257,7 +1310,7 @@ class RunFolder:
             "good": guard.good,
             "candidate": guard.candidate,
             "rollbacks": guard.rollbacks,
-            "log": log.text,
+            "log_size": log.size,
             "seconds": log.seconds,
             "format": FORMAT,
             "preset": self.preset,
@@ -1306,7 +1359,7 @@ def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: St
         if update % picture_every == 0 or (last and train.pictures):
             folder.save_picture(update, trainer.picture())
         if checking or not (trainer.cuda and processes.count > 1):  # else a wait for the device
-            stop.agree(processes, trainer.device)
+            stop.agree(trainer.device)
         if last or regular or (stop.requested and trainer.is_finite()):
             state = trainer.state_dict()
             snapshot = guard.accept(state) if regular else guard.stamp(state)
@@ -1521,7 +1574,7 @@ def train_run(
         torch.set_num_threads(config.train.threads)
     images, labels = load_training_images(config, data_dir, processes)
     first = processes.rank == 0
-    with claim_folder(folder_path) if first else nullcontext(), Stop() as stop:
+    with claim_folder(folder_path) if first else nullcontext(), Stop(processes) as stop:
         start = find_start(config, preset, folder_path / "ckpt.pt", init_from)
         precision = start.precision(config, device)
         folder = RunFolder(
@@ -1545,6 +1598,11 @@ def train_run(
         if start.state:
             log.say(f"resuming after update {trainer.update} of {start.path}")
         folder.begin()
+        if precision == "bfloat16" and not sampling.bfloat16_pays(device):
+            log.say(
+                "this processor only emulates bfloat16, many times slower than float32: --set "
+                "train.precision=float32, for a run that has begun with --init-from in a new --out"
+            )
         log.say(f"{config.train.updates} updates in {precision}; every {config.train.log_every}:")
         fit(trainer, guard, log, folder, stop)
         log.say(farewell(trainer, folder))
@@ -1771,6 +1829,8 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
         start, x = chain_start(config, state, source, originals, count, seed, generator)
         images, end = run_chains(model, config, originals, x, steps, generator)
         story = f"chains from {start}, {end}"
+    if wrong := int((~images.flatten(1).isfinite().all(1)).sum()):
+        raise Failure(f"{wrong} of {len(images)} samples are not finite: the weights have diverged")
     say(story)
     shown = images if originals is None else torch.cat([originals, images])
     columns = None if originals is None else len(originals)

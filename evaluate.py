@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from click import ClickException as EvaluationError  # one message on stderr, exit status 1
 from torch import Tensor
 
 from data import normalise
@@ -29,12 +30,23 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def in_batches(function, images: Tensor, device, size: int = 1000) -> Tensor:
-    """`function` of normalised images, `size` at a time: (N, ...) on `device`."""
+    """`function` of normalised images, `size` at a time: (N, ...) on `device`.
+
+    EvaluationError if anything of it is not finite, since no score could be trusted.
+    """
     outputs = []
     for part in images.split(size):
         x = normalise(part.to(device))
         outputs.append(function(x.contiguous(memory_format=torch.channels_last)))
-    return torch.cat(outputs)
+    values = torch.cat(outputs)
+    wrong = (~values.reshape(len(values), -1).isfinite().all(1)).nonzero().flatten().tolist()
+    if wrong:
+        first = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        raise EvaluationError(
+            f"what the model says of {len(wrong)} of {len(images)} images is not finite (images "
+            f"{first}): its weights have diverged"
+        )
+    return values
 
 
 @contextmanager

@@ -598,6 +598,7 @@ def spoiled(folder):
     """Whole checkpoints but for one value each."""
     changes = [
         ("format", 1),
+        ("format", 6),
         ("config", {}),
         ("config", {"data": 3}),
         ("updates", -1),
@@ -689,6 +690,93 @@ def test_a_damaged_checkpoint_is_not_trained_over(trained, tmp_path):
         result = run("train", *tiny(), "--out", tmp_path)
         assert result.exit_code == 1
         assert f"is missing or of another shape or device (KeyError('{part}'" in result.stderr
+
+
+@pytest.mark.parametrize("key", ["model", "buffer", "optimiser", "good"])
+def test_a_tensor_larger_than_the_file_is_refused_before_any_memory_is_taken(
+    trained, tmp_path, key
+):
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    huge = torch.zeros(1, 1, 1, 1).expand(10**5, 10**5, 10**3, 10)
+    if key == "model":
+        state["model"]["network.heads.0.0.bias"] = huge
+    elif key == "buffer":
+        state["buffer"] = huge
+    elif key == "optimiser":
+        state["optimiser"]["state"][0]["exp_avg"] = huge
+    else:
+        state["good"]["buffer"] = huge
+    torch.save(state, tmp_path / "ckpt.pt")
+    assert (tmp_path / "ckpt.pt").stat().st_size < 2e6
+    with pytest.raises(cebm.Failure, match=f"{key} is of another type, or larger than the file"):
+        cebm.load_checkpoint(tmp_path / "ckpt.pt")
+
+
+def test_a_configuration_of_a_larger_network_than_the_weights_is_refused_before_it_is_built(
+    trained, tmp_path, monkeypatch
+):
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    state["config"]["model"] |= {"hidden": 20_000, "latent": 20_000}
+    torch.save(state, tmp_path / "ckpt.pt")
+    monkeypatch.setattr(cebm, "new_model", lambda *_: pytest.fail("built"))
+    with pytest.raises(cebm.Failure, match="is of another model"):
+        cebm.load_model(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", [[[]]]), ("good", 3), ("candidate", {"model": 3}), ("greatest", "x"),
+        ("seconds", "long"), ("rollbacks", [3]), ("rollbacks", [{"update": "one"}]),
+        ("level", {"gap": "wide"}), ("generators", torch.zeros(3)), ("log_size", 1.5),
+        ("optimiser", {"state": {}, "param_groups": []}),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_wrong_type_is_refused_and_not_resumed_into_a_traceback(
+    trained, tmp_path, key, value
+):
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    state[key] = value
+    torch.save(state, tmp_path / "ckpt.pt")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    result = run("train", *tiny("updates=25", "decay=none"), "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "ckpt.pt" in result.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_moments_of_another_shape_are_not_resumed(tmp_path):
+    settings = tiny("decay=none", "updates=2")
+    run("train", *settings, "--out", tmp_path)
+    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
+    state["optimiser"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, tmp_path / "ckpt.pt")
+    result = run("train", *settings, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "Adam's moments are of another shape" in result.stderr
+
+
+def test_a_run_of_format_7_resumes_with_the_log_that_was_in_it(tmp_path):
+    settings = tiny("decay=none", "updates=6")
+    run("train", *settings, "--out", tmp_path)
+    state, log = cebm.load_checkpoint(tmp_path / "ckpt.pt"), (tmp_path / "log.csv").read_text()
+    del state["log_size"], state["origin"]
+    torch.save(state | {"format": 7, "log": log}, tmp_path / "ckpt.pt")
+    (tmp_path / "log.csv").unlink()
+    longer = run("train", *settings, "--set", "updates=9", "--out", tmp_path)
+    assert longer.exit_code == 0, longer.stderr
+    assert [int(row["update"]) for row in rows(tmp_path)] == [3, 6, 9]
+
+
+def test_rows_after_the_checkpoint_of_a_killed_run_are_cut_off_when_it_resumes(tmp_path):
+    settings = tiny("decay=none", "updates=6")
+    run("train", *settings, "--out", tmp_path)
+    whole = (tmp_path / "log.csv").read_text()
+    (tmp_path / "log.csv").write_text(whole + "9,half a ro")
+    assert run("train", *settings, "--out", tmp_path).exit_code == 0
+    assert (tmp_path / "log.csv").read_text() == whole
+    run("train", *settings, "--set", "updates=9", "--out", tmp_path)
+    assert [int(row["update"]) for row in rows(tmp_path)] == [3, 6, 9]
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):

@@ -298,6 +298,23 @@ def test_a_closed_terminal_or_a_scheduler_ends_a_run_as_ctrl_c_does(tmp_path, mo
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 7
 
 
+def test_a_second_ctrl_c_ends_a_long_update_at_once_and_keeps_the_last_checkpoint(small, tmp_path):
+    command = (*small, "--set", "decay=none", "--out", tmp_path)
+    assert run(*command, "--set", "updates=4").exit_code == 0
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    source = ("--init-from", tmp_path / "ckpt.pt", "--out", tmp_path / "long")
+    process = launch(*command, "--set", "steps=100000", *source)  # hours an update
+    while "every" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    assert "saving after this update" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 1
+    assert process.stderr.read().strip() == "Aborted!"
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert cebm.load_checkpoint(tmp_path / "long/ckpt.pt")["updates"] == 4
+
+
 def test_a_signal_that_was_ignored_stays_so_as_under_nohup(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -643,6 +660,21 @@ def test_probe_can_be_free_of_the_scale_of_the_latents(trained, tmp_path):
         assert (first == second) == equal
 
 
+def test_weights_that_have_diverged_score_nothing(trained, tmp_path):
+    state = cebm.load_checkpoint(trained / "ckpt.pt")
+    for value in state["average"].values():
+        value.mul_(1e30)  # finite still
+    torch.save(state, tmp_path / "ckpt.pt")
+    for command in ("knn", "probe", "ood", "export", "sample"):
+        out = () if command in ("knn", "probe", "ood") else ("--out", tmp_path / f"{command}.png")
+        out = ("--out", tmp_path / "l.npz") if command == "export" else out
+        result = run(command, tmp_path / "ckpt.pt", *out)
+        assert result.exit_code == 1
+        assert "not finite" in result.stderr
+        assert "have diverged" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
 def test_a_map_of_one_latent_dimension_is_a_line(tmp_path):
     run("train", *tiny("latent=1", "updates=1"), "--out", tmp_path)
     result = run(
@@ -864,7 +896,7 @@ def test_wrong_files_and_folders_are_named(trained, tmp_path):
     folder = ["--preset", "cebm-folder", "--data-dir", tmp_path]
     empty = run("train", *folder, "--out", tmp_path / "run")
     assert empty.exit_code == 1
-    assert f"{tmp_path}/train'. Images belong in" in empty.stderr
+    assert f"{tmp_path}/train is no folder. Images belong in" in empty.stderr
     (tmp_path / "file").write_text("")
     blocked = run("train", *tiny(), "--out", tmp_path / "file" / "run")
     assert blocked.exit_code == 1
@@ -886,7 +918,7 @@ def test_a_folder_of_images_trains_and_is_evaluated(tmp_path):
     assert "--set classes=2" in wrong.stderr
     rgba = run("train", *arguments, *tiny("classes=2", "image=[4, 16, 16]"))
     assert rgba.exit_code == 1
-    assert "images of 3x16x16" in rgba.stderr
+    assert "1 channel (grey) or 3 (colours), not 4" in rgba.stderr
     chosen = tiny("classes=2", "image=[3, 16, 16]", "updates=2")
     result = run("train", *arguments, *chosen)
     assert result.exit_code == 0, result.stderr

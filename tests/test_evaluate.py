@@ -666,3 +666,15 @@ def test_shares_of_a_true_class_are_of_all_its_images_also_where_classes_are_lef
     share = np.asarray(axes.images[0].get_array())[row]
     assert share[row] == pytest.approx(0.3)
     assert share.sum() == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_an_error_that_counts_and_names_the_images(poison):
+    images = torch.zeros(2500, 1, 8, 8, dtype=torch.uint8)
+    images[[7, 1200], 0, 0, 0] = 255
+
+    def represent(x):
+        return torch.where(x[:, 0, :1, 0] > 0, poison, x[:, 0, :3, 0])
+
+    with pytest.raises(evaluate.EvaluationError, match=r"2 of 2500 images .*\(images 7, 1200\)"):
+        evaluate.in_batches(represent, images, "cpu")
