@@ -12,7 +12,6 @@ import atexit
 import copy
 import difflib
 import importlib.util
-import io
 import json
 import math
 import os
@@ -587,15 +586,16 @@ class Checkpoint(Evaluable, Snapshot, total=False):
 REQUIRED = "format", "preset", "config", "updates", "model"  # the rest only to resume
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path`, or what it links to, whole or not at all; Failure says why not."""
+@contextmanager
+def replacing(path: Path):
+    """A file to write, which at the end replaces `path`, or what it links to, whole."""
     target = Path(os.path.realpath(path))
     require_regular(target, f"cannot write {path}")
     draft = target.parent / f".{secrets.token_hex(8)}.draft"  # a name that nobody else has
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if target.exists():
@@ -607,6 +607,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces `path`, or what it links to, whole or not at all; Failure says why not."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def require_regular(path: Path, problem: str) -> None:
@@ -651,9 +657,8 @@ def require_writable(path: str | None, endings, inputs=()) -> None:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole or not at all."""
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    write_atomically(path, content.getbuffer())
+    with replacing(path) as file:
+        torch.save(checkpoint, file.name)  # by its name, since Python's file would copy the buffers
 
 
 def load_checkpoint(path) -> Checkpoint:
@@ -792,12 +797,21 @@ def require_memory(config: Config, device, training=False) -> None:
             numbers += 4 * config.chains.buffer * channels * height * width
         for i, maps in enumerate(config.model.channels):  # activations before and after
             numbers += 2 * config.train.batch * maps * height * width / 4**i
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_limit()
     if 4 * numbers > memory:
         raise Failure(
-            f"model, batch or buffer would need {4 * numbers / 2**30:,.0f} GiB of memory; this "
-            f"machine has {memory / 2**30:.0f}: choose smaller ones"
+            f"model, batch or buffer would need {4 * numbers / 2**30:,.0f} GiB of memory; there "
+            f"are {memory / 2**30:.0f}: choose smaller ones"
         )
+
+
+def memory_limit() -> int:
+    """Bytes of this machine's memory, or of the share that a container may use."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
+        with suppress(OSError, ValueError):  # there is none, or no limit
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(limits)
 
 
 def load_images(config: Config, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
@@ -1098,15 +1112,16 @@ class Guard:
         """`state` together with what the guard has seen up to it."""
         return {**state, "level": self.level, "greatest": self.greatest}
 
-    def accept(self, state: Snapshot) -> Snapshot:
-        """At a regular checkpoint, after a verdict of None: returns `state`, the new candidate.
+    def accept(self, trainer: Trainer) -> Snapshot:
+        """At a regular checkpoint, after a verdict of None: returns the new candidate.
 
         The level is at most `runaway` times the floor, so that it cannot creep up without end.
         """
         ceiling = self.settings.runaway
         self.level = {k: min(self.found[k], ceiling * v) for k, v in self.floor.items()}
         self.greatest = torch.zeros_like(self.greatest)
-        self.good, self.candidate = self.candidate, self.stamp(state)
+        self.good = self.candidate  # frees the state before it, whose buffer may be large
+        self.candidate = self.stamp(trainer.state_dict())
         return self.candidate
 
     def roll_back(self, trainer: Trainer, reason: str) -> Snapshot:
@@ -1361,8 +1376,7 @@ def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: St
         if checking or not (trainer.cuda and processes.count > 1):  # else a wait for the device
             stop.agree(trainer.device)
         if last or regular or (stop.requested and trainer.is_finite()):
-            state = trainer.state_dict()
-            snapshot = guard.accept(state) if regular else guard.stamp(state)
+            snapshot = guard.accept(trainer) if regular else guard.stamp(trainer.state_dict())
             folder.save(snapshot, guard, log)
 
 
