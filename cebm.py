@@ -530,8 +530,7 @@ def as_yaml(tree: object) -> str:
 
 # ---------------------------------------------------------------------------------- Checkpoints
 
-FORMAT = 8  # of a checkpoint that is written
-READABLE = 7, 8  # 7 had log.csv in it; others are refused
+FORMAT = 7  # of a checkpoint; another is refused
 
 
 class Rollback(TypedDict):
@@ -578,8 +577,7 @@ class Checkpoint(Evaluable, Snapshot, total=False):
 
     good: Snapshot  # after it the run stayed healthy for a whole interval: where it rolls back to
     candidate: Snapshot  # of the last regular checkpoint
-    log: str  # log.csv up to `updates`, of a run begun before it stayed in its file
-    log_size: int  # bytes of log.csv up to `updates`
+    log: str  # log.csv up to `updates`
     origin: str  # of a run begun by --init-from: what it was begun from; else ""
 
 
@@ -710,7 +708,7 @@ def complete_and_check(state: dict) -> None:
     for key, value in state.items():
         if key in hints and not is_of_type(value, hints[key]):
             raise ValueError(f"{key} is of another type, or larger than the file")
-    if state["format"] not in READABLE:
+    if state["format"] != FORMAT:
         raise ValueError(f"it is of format {state['format']}")
     for section, values in read_recipes()["recipes"]["common"].items():
         if section not in state["config"]:
@@ -1226,20 +1224,19 @@ class RunLog:
 
     def __init__(self, path: Path, stop: Stop, writes: bool):
         self.path, self.stop, self.writes = path, stop, writes
-        self.size, self.seconds_before = 0, 0.0  # bytes of the log, seconds of earlier processes
+        self.text, self.seconds_before = "", 0.0  # of the file, of earlier processes
         self.started, self.updates_made = time.monotonic(), 0
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Goes on from the rows and the time of a checkpoint; later rows are cut off."""
-        self.seconds_before = checkpoint["seconds"]
-        rows = checkpoint.get("log", "").encode()  # of a run begun before they stayed in the file
-        if self.writes and rows:
-            write_atomically(self.path, rows)
-        self.size = checkpoint.get("log_size", len(rows))
-        there = self.path.stat().st_size if self.path.exists() else 0
-        self.size = min(self.size, there)
-        if self.writes and there > self.size:
-            os.truncate(self.path, self.size)
+        """Goes on from the rows and the time of a checkpoint."""
+        self.text, self.seconds_before = checkpoint["log"], checkpoint["seconds"]
+
+    def begin(self) -> None:
+        """Brings the file to the rows so far: a process that was killed may have left more."""
+        if self.writes and self.text:
+            write_atomically(self.path, self.text.encode())
+        elif self.writes:
+            self.path.unlink(missing_ok=True)
 
     @property
     def seconds(self) -> float:
@@ -1257,22 +1254,20 @@ class RunLog:
             "seconds": round(seconds, 1),
             "updates_per_second": round(self.updates_made / (seconds - self.seconds_before), 3),
         }
-        if self.writes:
-            self.append(row)
+        lines = [] if self.text else [",".join(row)]
+        lines.append(",".join(map(str, row.values())))
+        self.append("".join(f"{line}\n" for line in lines))
         self.say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
 
-    def append(self, row: dict) -> None:
-        """Writes a row after the first `size` bytes of the file, a header before the first row."""
-        lines = [] if self.size else [",".join(row)]
-        lines.append(",".join(map(str, row.values())))
-        try:
-            with open(self.path, "r+b" if self.path.exists() else "xb") as file:
-                file.truncate(self.size)
-                file.seek(self.size)
-                file.write("".join(f"{line}\n" for line in lines).encode())
-                self.size = file.tell()
-        except OSError as error:
-            raise Failure(f"cannot write {self.path}: {error.strerror}") from error
+    def append(self, lines: str) -> None:
+        """Adds lines to the file and to what checkpoints hold of it."""
+        self.text += lines
+        if self.writes:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(lines)
+            except OSError as error:
+                raise Failure(f"cannot write {self.path}: {error.strerror}") from error
 
     def say(self, line: str) -> None:
         """Prints a line. If it cannot be printed, the run saves and ends.
@@ -1308,7 +1303,8 @@ class RunFolder:
     @property
     def data_option(self) -> list[str]:
         """What commands on this run need to find its data."""
-        return [] if self.config.data.name == "glyphs" else ["--data-dir", str(self.data_dir)]
+        embedded = self.config.data.name == "glyphs"
+        return [] if embedded else ["--data-dir", as_argument(self.data_dir)]
 
     def begin(self) -> None:
         """Writes the configuration."""
@@ -1325,7 +1321,7 @@ class RunFolder:
             "good": guard.good,
             "candidate": guard.candidate,
             "rollbacks": guard.rollbacks,
-            "log_size": log.size,
+            "log": log.text,
             "seconds": log.seconds,
             "format": FORMAT,
             "preset": self.preset,
@@ -1344,7 +1340,10 @@ class RunFolder:
         if self.writes and images is not None:
             picture = evaluate.grid_figure(images, caption=f"{self.preset}, update {update}")
             path = self.path / "samples" / f"{update:07d}.png"
-            write_atomically(path, evaluate.figure_bytes(picture, path))
+            try:
+                write_atomically(path, evaluate.figure_bytes(picture, path))
+            except Failure as error:  # no reason to end a run
+                click.echo(f"Warning: {error.message}", err=True)
 
 
 def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: Stop) -> None:
@@ -1371,13 +1370,13 @@ def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: St
             folder.save(snapshot, guard, log)
             log.say(f"update {update}: {reason}; back to update {trainer.update}")
             continue
-        if update % picture_every == 0 or (last and train.pictures):
-            folder.save_picture(update, trainer.picture())
         if checking or not (trainer.cuda and processes.count > 1):  # else a wait for the device
             stop.agree(trainer.device)
         if last or regular or (stop.requested and trainer.is_finite()):
             snapshot = guard.accept(trainer) if regular else guard.stamp(trainer.state_dict())
             folder.save(snapshot, guard, log)
+        if update % picture_every == 0 or (last and train.pictures):
+            folder.save_picture(update, trainer.picture())
 
 
 def advice_after_divergence(guard: Guard, folder: RunFolder) -> str:
@@ -1388,13 +1387,18 @@ def advice_after_divergence(guard: Guard, folder: RunFolder) -> str:
     for setting in settings_over(folder.preset, folder.config):
         if not setting.startswith("train.rate="):
             command += ["--set", setting]
-    command += ["--set", f"train.rate={rate:.3g}", "--init-from", str(path)]
-    command += ["--out", f"{folder.path}-calmer", *folder.data_option]
+    command += ["--set", f"train.rate={rate:.3g}", "--init-from", as_argument(path)]
+    command += ["--out", as_argument(f"{folder.path}-calmer"), *folder.data_option]
     return (
         f"diverged {len(guard.rollbacks)} times, last at update {last['update']}: {last['why']}. "
         f"{path} is good, of update {last['to']}. From there at a lower train.rate (more "
         f"chains.steps may help too):\n  {shlex.join(command)}"
     )
+
+
+def as_argument(path: Path | str) -> str:
+    """A path as it may be typed, also if it begins with a dash."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def settings_over(preset: str, config: Config) -> list[str]:
@@ -1495,14 +1499,41 @@ class Start:
         return "bfloat16" if sampling.bfloat16_pays(device) else "float32"
 
 
+def require_own_folder(config: Config, folder: Path) -> None:
+    """Failure where a folder without a checkpoint has a log or a configuration of something else.
+
+    A run that was killed before its first checkpoint leaves a log that is short, and the same
+    configuration.
+    """
+    written, log = folder / "config.yaml", folder / "log.csv"
+    own = not written.exists() or written.read_bytes() == as_yaml(asdict(config)).encode()
+    if own and log.exists():
+        last = log.read_text(errors="replace").rstrip("\n").rpartition("\n")[2].partition(",")[0]
+        own = last.isdecimal() and int(last) <= config.train.checkpoint_every
+    if not own:
+        raise Failure(
+            f"{folder} has no ckpt.pt, but a config.yaml or log.csv that is not of this run: "
+            "choose another --out"
+        )
+
+
 def find_start(config: Config, preset: str, path: Path, init_from: Path | None) -> Start:
     """Where a run starts whose checkpoint belongs at `path`."""
     if path.exists():
         state = load_checkpoint(path)
         require_same_run(state, config, path)
-        return Start(state["preset"], state.get("origin", ""), path, state)
+        origin = state.get("origin", "")
+        if init_from and f" of {init_from} (" not in origin:
+            raise Failure(f"{path} was not begun from {init_from}: choose another --out")
+        return Start(state["preset"], origin, path, state)
+    require_own_folder(config, path.parent)
     if init_from:
         state = load_checkpoint(init_from)
+        if state["updates"] >= config.train.updates:
+            raise Failure(
+                f"{init_from} has made {state['updates']} updates already: set train.updates, "
+                f"{config.train.updates}, to a larger number"
+            )
         return Start(preset, branch_origin(state, config, init_from), init_from, state, True)
     return Start(preset)
 
@@ -1531,9 +1562,12 @@ def explained(state: Checkpoint, trainer: Trainer, path: Path):
             )
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, KeyError):
+            reason = f"{error.args[0]} is missing, as in files that hold a model only"
         raise Failure(
             f"{path} cannot be resumed, a part is missing or of another shape or device "
-            f"({error!r:.80}): begin anew in another --out"
+            f"({reason:.200}): begin anew in another --out"
         ) from error
 
 
@@ -1612,6 +1646,7 @@ def train_run(
         if start.state:
             log.say(f"resuming after update {trainer.update} of {start.path}")
         folder.begin()
+        log.begin()
         if precision == "bfloat16" and not sampling.bfloat16_pays(device):
             log.say(
                 "this processor only emulates bfloat16, many times slower than float32: --set "
@@ -1625,7 +1660,7 @@ def train_run(
 
 def farewell(trainer: Trainer, folder: RunFolder) -> str:
     """What to do after a run, or after an interruption."""
-    path = str(folder.checkpoint)
+    path = as_argument(folder.checkpoint)
     if trainer.update < trainer.config.train.updates:
         there = folder.checkpoint.exists()
         return f"interrupted; {'the same command resumes from' if there else 'nothing at'} {path}"
@@ -1842,7 +1877,7 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     else:
         start, x = chain_start(config, state, source, originals, count, seed, generator)
         images, end = run_chains(model, config, originals, x, steps, generator)
-        story = f"chains from {start}, {end}"
+        story = f"{len(x)} chains from {start}, {end}"
     if wrong := int((~images.flatten(1).isfinite().all(1)).sum()):
         raise Failure(f"{wrong} of {len(images)} samples are not finite: the weights have diverged")
     say(story)
@@ -1902,8 +1937,9 @@ def run_chains(model, config: Config, originals, x: Tensor, steps: int | None, g
         steps = config.chains.final_steps or config.chains.steps
     sampler = kind.chains or "langevin"  # HDGE has an energy, though no chains in training
     end = sampling.mover(sampler, model, energy, steps, config.chains, generator)(x)
+    joint = "" if originals is None else " on E(x, z), z the latents of test images"
     return end, (
-        f"{steps} steps: mean energy {energy(x).mean().item():.4g} -> "
+        f"{steps} steps{joint}: mean energy {energy(x).mean().item():.4g} -> "
         f"{energy(end).mean().item():.4g}, pixels {end.min():.3g} to {end.max():.3g}"
     )
 

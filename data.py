@@ -151,11 +151,12 @@ ENDINGS = frozenset(".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp .gif".split
 
 def read_folder(split: str, root: Path, shape) -> tuple[Tensor, Tensor]:
     """Images of `root`/SPLIT/CLASS/, scaled to `shape`; labels are the classes' order by name."""
-    classes, train = find_classes(root / split), find_classes(root / "train")
-    if list(classes) != list(train):
+    classes = find_classes(root / split)
+    other = "train" if split == "test" else "test"  # found out before days of training
+    if (root / other).is_dir() and list(find_classes(root / other)) != list(classes):
         raise DataError(
-            f"{root}: train has the classes {', '.join(train)}, {split} has "
-            f"{', '.join(classes)}; they have to be the same"
+            f"{root}: {split} has the classes {', '.join(classes)}, {other} has "
+            f"{', '.join(find_classes(root / other))}; they have to be the same"
         )
     paths = [path for files in classes.values() for path in files]
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
@@ -256,6 +257,7 @@ def read_image(path: Path, channels: int, height: int, width: int) -> Picture:
     try:
         with Image.open(path) as picture:
             picture.draft(None, (2 * width, 2 * height))  # a JPEG decodes faster at half its size
+            picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):  # 16 bits a pixel, of which a viewer shows 8
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             elif picture.mode[0] in "IF":
@@ -271,16 +273,15 @@ def read_image(path: Path, channels: int, height: int, width: int) -> Picture:
 
 
 def as_shown(picture: Image.Image) -> tuple[Image.Image, bool]:
-    """Upright, in sRGB and on white: RGB, and whether it was transparent anywhere."""
+    """In sRGB and on white: RGB, and whether it was transparent anywhere."""
     profile = picture.info.get("icc_profile")
-    upright = ImageOps.exif_transpose(picture)
-    if "A" in upright.getbands() or "a" in upright.getbands() or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        transparent = upright.getextrema()[3][0] < 255
-        white = Image.new("RGBA", upright.size, "white")
-        shown = Image.alpha_composite(white, upright).convert("RGB")
+    if {"A", "a"} & set(picture.getbands()) or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        transparent = layer.getextrema()[3][0] < 255
+        white = Image.new("RGBA", layer.size, "white")
+        shown = Image.alpha_composite(white, layer).convert("RGB")
     else:
-        transparent, shown = False, upright.convert("RGB")
+        transparent, shown = False, picture.convert("RGB")
     return (in_srgb(shown, profile) if profile and picture.mode != "CMYK" else shown), transparent
 
 

@@ -252,6 +252,7 @@ def table(rows: list[dict], markdown: bool = False) -> str:
         values = (row.get(key, "-") for key in columns)
         cells.append([f"{v:.2f}" if isinstance(v, float) else str(v) for v in values])
     if markdown:
+        cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in cells]
         cells.insert(1, ["---"] * len(columns))
         return "\n".join("| " + " | ".join(row) + " |" for row in cells)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -272,6 +273,11 @@ def figure_bytes(figure: Figure, path) -> bytes:
     return content.getvalue()
 
 
+def printable(text: str) -> str:
+    """Names of files may hold bytes that are no letters, which no font has."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches, 100 pixels each, without a window."""
     from matplotlib.figure import Figure
@@ -290,7 +296,9 @@ def grid_figure(images: Tensor, columns: int | None = None, caption: str = "") -
     sheet = arrange(images, columns or round(len(images) ** 0.5))
     scale = max(1, min(-(-600 // min(sheet.shape[:2])), 2400 // max(sheet.shape[:2])))
     height, width = (scale * side for side in sheet.shape[:2])
-    lines = textwrap.wrap(caption, (width - 24) // 8)  # letters of 9 points are up to 8 pixels wide
+    lines = textwrap.wrap(
+        printable(caption), (width - 24) // 8
+    )  # letters of 9 points are up to 8 pixels wide
     below = 18 * len(lines) + 8 if lines else 0
     figure = Figure((width / 100, (height + below) / 100), dpi=100)
     axes = figure.add_axes((0, below / (height + below), 1, height / (height + below)))
@@ -339,9 +347,10 @@ def confusion_figure(counts: Tensor, names: list[str], title: str, most: int = 5
     small = 10 if len(names) <= 20 else 7
     places = range(len(names))
     plain = {"fontsize": small, "parse_math": False}  # a dollar sign is a dollar sign
-    axes.set_xticks(places, [name[:15] for name in names], rotation=90, **plain)
-    axes.set_yticks(places, [name[:15] for name in names], **plain)
-    axes.set_title(title, parse_math=False)
+    shown_names = [printable(name)[:15] for name in names]
+    axes.set_xticks(places, shown_names, rotation=90, **plain)
+    axes.set_yticks(places, shown_names, **plain)
+    axes.set_title(printable(title), parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     if len(names) <= 20:
         for (i, j), count in np.ndenumerate(counts):
@@ -351,7 +360,10 @@ def confusion_figure(counts: Tensor, names: list[str], title: str, most: int = 5
 
 
 def map_figure(points: np.ndarray, labels, names: list[str], title: str, method: str) -> Figure:
-    """Points (N, 2) in the colours of their classes, axes labelled with the projection `method`."""
+    """Points (N, 2) in the colours of their classes, axes labelled with the projection `method`.
+
+    The legend names 90 classes at most.
+    """
     from matplotlib import colormaps
     from matplotlib.lines import Line2D
 
@@ -359,7 +371,7 @@ def map_figure(points: np.ndarray, labels, names: list[str], title: str, method:
         palette = [colormaps["tab10"](k) for k in range(len(names))]
     else:
         palette = [colormaps["gist_rainbow"](k / len(names)) for k in range(len(names))]
-    columns = -(-len(names) // 30)  # of the legend
+    columns = min(3, -(-len(names) // 30))  # of the legend
     figure = new_figure(7.5 + 1.5 * columns, 7)
     axes = figure.add_subplot()
     axes.scatter(*points.T, s=4, c=[palette[k] for k in np.asarray(labels)], linewidths=0)
@@ -369,13 +381,13 @@ def map_figure(points: np.ndarray, labels, names: list[str], title: str, method:
     ):
         margin = 0.03 * (high - low) + 1e-9
         limit(low - margin, high + margin)
-    axes.set_title(title, parse_math=False)
+    axes.set_title(printable(title), parse_math=False)
     axes.set_xlabel(f"{method}, first axis", parse_math=False)
     axes.set_ylabel("second axis")
     # A space before each name, since matplotlib leaves out those that begin with an underscore.
     entries = [
-        Line2D([], [], marker="o", linestyle="", color=colour, label=f" {name[:15]}")
-        for colour, name in zip(palette, names, strict=True)
+        Line2D([], [], marker="o", linestyle="", color=colour, label=f" {printable(name)[:15]}")
+        for colour, name in zip(palette[:90], names, strict=False)
     ]
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
     legend = axes.legend(handles=entries, ncols=columns, fontsize=8, **place)

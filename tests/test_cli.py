@@ -199,13 +199,48 @@ def test_a_branch_takes_betas_chains_and_precision_from_its_own_settings(tmp_pat
         assert state["precision"] == expected
 
 
-def test_a_branch_with_no_update_left_is_there_all_the_same(tmp_path):
+def test_a_branch_with_no_update_left_is_refused(tmp_path):
     run("train", *tiny("decay=none", "updates=4"), "--out", tmp_path / "old")
-    command = ("train", *tiny("decay=none", "updates=4", "represent=mixture"), "--out", tmp_path)
-    assert run(*command, "--init-from", tmp_path / "old/ckpt.pt").exit_code == 0
-    state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
-    assert state["config"]["model"]["represent"] == "mixture"
-    assert state["updates"] == 4
+    command = ("train", *tiny("decay=none", "updates=4", "represent=mixture"))
+    source = ("--init-from", tmp_path / "old/ckpt.pt")
+    result = run(*command, *source, "--out", tmp_path / "new")
+    assert result.exit_code == 1
+    assert "has made 4 updates already: set train.updates, 4, to a larger number" in result.stderr
+
+
+def test_a_run_that_was_begun_from_another_checkpoint_is_not_resumed(tmp_path):
+    old, new = tmp_path / "old/ckpt.pt", ("--out", tmp_path / "new")
+    run("train", *tiny("decay=none", "updates=4"), "--out", tmp_path / "old")
+    assert run("train", *tiny("decay=none"), "--init-from", old, *new).exit_code == 0
+    (tmp_path / "other.pt").write_bytes(old.read_bytes())
+    result = run("train", *tiny("decay=none"), "--init-from", tmp_path / "other.pt", *new)
+    assert result.exit_code == 1
+    assert f"was not begun from {tmp_path}/other.pt" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "log.csv"])
+def test_a_folder_with_somebodys_files_is_no_run_folder(tmp_path, name):
+    (tmp_path / name).write_text("mine: 1")
+    result = run("train", *tiny(), "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "a config.yaml or log.csv that is not of this run" in result.stderr
+    assert (tmp_path / name).read_text() == "mine: 1"
+
+
+def test_a_run_whose_checkpoint_was_moved_away_keeps_its_log(tmp_path):
+    run("train", *tiny(), "--out", tmp_path)
+    (tmp_path / "ckpt.pt").rename(tmp_path / "kept.pt")
+    log = (tmp_path / "log.csv").read_text()
+    assert run("train", *tiny(), "--out", tmp_path).exit_code == 1
+    assert (tmp_path / "log.csv").read_text() == log
+
+
+def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path):
+    (tmp_path / "samples/0000008.png").mkdir(parents=True)
+    result = run("train", *tiny(), "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "Warning: cannot write" in result.stderr
+    assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 24
 
 
 @pytest.mark.parametrize(

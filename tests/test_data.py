@@ -400,8 +400,9 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     with pytest.raises(data.DataError, match="emu"):
         data.load("folder", "test", str(tmp_path), shape)
     Image.new("L", (9, 9)).save(tmp_path / "test/emu/0.png")
-    with pytest.raises(data.DataError, match="classes cat, dog, test has cat, dog, emu"):
-        data.load("folder", "test", str(tmp_path), shape)
+    for split in ("test", "train"):  # also before training, not only after it
+        with pytest.raises(data.DataError, match=r"cat, dog, emu.* they have to be the same"):
+            data.load("folder", split, str(tmp_path), shape)
 
 
 def test_the_embedded_set_is_what_the_readme_says():

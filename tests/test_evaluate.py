@@ -678,3 +678,15 @@ def test_latents_that_are_not_finite_are_an_error_that_counts_and_names_the_imag
 
     with pytest.raises(evaluate.EvaluationError, match=r"2 of 2500 images .*\(images 7, 1200\)"):
         evaluate.in_batches(represent, images, "cpu")
+
+
+def test_names_that_no_font_can_show_are_shown_by_their_bytes():
+    name = b"\xff\xfe.pt".decode(errors="surrogateescape")
+    counts, points = torch.eye(2), np.zeros((2, 2))
+    figures = [
+        evaluate.confusion_figure(counts, [name, "b"], name),
+        evaluate.map_figure(points, [0, 1], [name, "b"], name, "PCA"),
+        evaluate.grid_figure(torch.zeros(1, 1, 8, 8), caption=name),
+    ]
+    for figure in figures:
+        assert evaluate.figure_bytes(figure, "a.svg").startswith(b"<?xml")
