@@ -1303,8 +1303,9 @@ class RunFolder:
     @property
     def data_option(self) -> list[str]:
         """What commands on this run need to find its data."""
-        embedded = self.config.data.name == "glyphs"
-        return [] if embedded else ["--data-dir", as_argument(self.data_dir)]
+        if data.DATASETS[self.config.data.name].embedded:
+            return []
+        return ["--data-dir", as_argument(self.data_dir)]
 
     def begin(self) -> None:
         """Writes the configuration."""

@@ -390,6 +390,7 @@ class Dataset:
     classes: int | None  # how many; None: as many as the folder has
     names: tuple[str, ...] = ()  # of the classes; empty: their numbers
     counts: dict[str, int] = field(default_factory=dict)  # images of each split
+    embedded: bool = False  # drawn by code, so that no data folder is needed
 
 
 def public(kind: str, files: str, shape, train, test, names="", sums=(), **more) -> Dataset:
@@ -412,6 +413,8 @@ DATASETS = {
     ),
     "cifar10": public("CIFAR10", "cifar-10-batches-py", COLOURS, 50_000, 10_000, OBJECTS),
     "svhn": public("SVHN", "*_32x32.mat", COLOURS, 73_257, 26_032, extra=531_131),
-    "glyphs": Dataset(read_glyphs, GREY, 10, counts={"train": 10_000, "test": 2_000}),
+    "glyphs": Dataset(
+        read_glyphs, GREY, 10, counts={"train": 10_000, "test": 2_000}, embedded=True
+    ),
     "folder": Dataset(read_folder, GREY, None),
 }
