@@ -199,6 +199,15 @@ def test_a_branch_takes_betas_chains_and_precision_from_its_own_settings(tmp_pat
         assert state["precision"] == expected
 
 
+def test_a_run_in_bfloat16_says_where_it_is_only_emulated_and_what_to_do(tmp_path, monkeypatch):
+    assert run("train", *tiny("precision=bfloat16", "updates=1"), "--out", tmp_path).exit_code == 0
+    monkeypatch.setattr(sampling, "bfloat16_pays", lambda device: False)
+    out = run("train", *tiny("precision=bfloat16", "updates=1"), "--out", tmp_path).stdout
+    assert "only emulates bfloat16" in out
+    assert "--set train.precision=float32" in out
+    assert "emulates" not in run("train", *tiny("updates=1"), "--out", tmp_path / "b").stdout
+
+
 def test_a_branch_with_no_update_left_is_refused(tmp_path):
     run("train", *tiny("decay=none", "updates=4"), "--out", tmp_path / "old")
     command = ("train", *tiny("decay=none", "updates=4", "represent=mixture"))
