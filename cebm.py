@@ -1507,10 +1507,14 @@ def require_own_folder(config: Config, folder: Path) -> None:
     configuration.
     """
     written, log = folder / "config.yaml", folder / "log.csv"
-    own = not written.exists() or written.read_bytes() == as_yaml(asdict(config)).encode()
+    if written.exists():
+        own = written.read_bytes() == as_yaml(asdict(config)).encode()
+    else:
+        own = not log.exists()
     if own and log.exists():
-        last = log.read_text(errors="replace").rstrip("\n").rpartition("\n")[2].partition(",")[0]
-        own = last.isdecimal() and int(last) <= config.train.checkpoint_every
+        rows = log.read_text(errors="replace").split("\n")[:-1]  # whole ones
+        last = rows[-1].partition(",")[0] if rows else ""
+        own = not last.isdecimal() or int(last) <= config.train.checkpoint_every
     if not own:
         raise Failure(
             f"{folder} has no ckpt.pt, but a config.yaml or log.csv that is not of this run: "

@@ -244,6 +244,14 @@ def test_a_run_whose_checkpoint_was_moved_away_keeps_its_log(tmp_path):
     assert (tmp_path / "log.csv").read_text() == log
 
 
+@pytest.mark.parametrize("left", ["", "upd", "update,loss\n3,0.1\n", "update,loss\n3,0"])
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(trained, tmp_path, left):
+    (tmp_path / "config.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    (tmp_path / "log.csv").write_text(left)
+    assert run("train", *tiny(), "--out", tmp_path).exit_code == 0
+    assert_same_run(trained, tmp_path)
+
+
 def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "samples/0000008.png").mkdir(parents=True)
     result = run("train", *tiny(), "--out", tmp_path)
