@@ -656,7 +656,10 @@ def require_writable(path: str | None, endings, inputs=()) -> None:
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole or not at all."""
     with replacing(path) as file:
-        torch.save(checkpoint, file.name)  # by its name, since Python's file would copy the buffers
+        try:  # by its name, since Python's file would copy the buffers
+            torch.save(checkpoint, file.name)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(0, f"is the disk full? {first_line(error)}") from error
 
 
 def load_checkpoint(path) -> Checkpoint:
@@ -1579,11 +1582,8 @@ def explained(state: Checkpoint, trainer: Trainer, path: Path):
 def resume_run(trainer: Trainer, guard: Guard, log: RunLog, state: Checkpoint, path: Path) -> None:
     """Goes on from a run's own checkpoint, read from `path`."""
     with explained(state, trainer, path):
-        for snapshot in (
-            state["good"],
-            state["candidate"],
-            state,
-        ):  # all have to fit; the last stays
+        # All of them have to fit; the last one stays.
+        for snapshot in (state["good"], state["candidate"], state):
             trainer.load_state_dict(snapshot)
         guard.resume(state)
         log.resume(state)

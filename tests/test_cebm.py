@@ -780,6 +780,19 @@ def test_a_checkpoint_of_another_network_is_refused(trained, tmp_path):
         assert len(result.stderr.strip().splitlines()) <= 2
 
 
+def test_a_checkpoint_for_which_torch_finds_no_room_is_told_and_the_old_one_stays(
+    tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise RuntimeError("unexpected pos 704 vs 598")  # what its writer says of a full disk
+
+    monkeypatch.setattr(torch, "save", fail)
+    (tmp_path / "ckpt.pt").write_bytes(b"old")
+    with pytest.raises(cebm.Failure, match="is the disk full.*what was there is intact"):
+        cebm.save_checkpoint(tmp_path / "ckpt.pt", {})
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("ckpt.pt", b"old")]
+
+
 def test_a_linked_checkpoint_is_written_where_it_lies(trained, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
