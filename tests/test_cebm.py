@@ -788,7 +788,7 @@ def test_a_checkpoint_for_which_torch_finds_no_room_is_told_and_the_old_one_stay
 
     monkeypatch.setattr(torch, "save", fail)
     (tmp_path / "ckpt.pt").write_bytes(b"old")
-    with pytest.raises(cebm.Failure, match="is the disk full.*what was there is intact"):
+    with pytest.raises(cebm.Failure, match=r"is the disk full.*what was there is intact"):
         cebm.save_checkpoint(tmp_path / "ckpt.pt", {})
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("ckpt.pt", b"old")]
 
