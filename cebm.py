@@ -8,22 +8,28 @@ chain.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load: an end without a traceback
+
 import atexit
 import copy
+import csv
 import difflib
 import importlib.util
+import itertools
 import json
 import math
 import os
 import secrets
 import shlex
 import shutil
-import signal
 import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import (
@@ -99,9 +105,11 @@ class DataConfig:
 
     name: Annotated[str, "a data set, a key of `data` in configs.yaml"]
     image: Annotated[tuple[int, int, int], Between(1, 512), "channels, height and width in pixels"]
-    classes: Annotated[int, Between(1, 10_000), "how many there are"]
+    classes: Annotated[int, Between(0, 10_000), "how many there are; 0: those of the folder"]
     noise_std: Annotated[float, Between(0, 10), "standard deviation of noise on training images"]
     extra: Annotated[bool, "SVHN: train on its extra images too"]
+    split_seed: Annotated[int, Between(0, 2**31 - 1), "folder without test/: which fifth is that"]
+    skip_unreadable: Annotated[bool, "folder: go on without images that cannot be read"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ class ModelConfig:
     latent: Annotated[int, Between(1, 65_536), "dimensions of z; of IGEBM, the last hidden layer"]
     head: Annotated[Literal["shared", "separate"], "CEBM: hidden layer of t1 and t2, or one each"]
     t2: Annotated[Literal["square", "softplus"], "CEBM: t2 of the output h, -h^2 or -softplus(h)"]
+    t1_scale: Annotated[float, Between(0.001, 1000), "CEBM: what t1 is multiplied by at first"]
     l2: Annotated[float, Between(0, 1e6), "weight of the L2 term on energies"]
     l2_on: Annotated[Literal["data", "both"], "whose energies: of data, or of chains too"]
     components: Annotated[int, Between(1, 10_000), "of the prior; 1 is N(0, I), more are learned"]
@@ -159,6 +168,7 @@ class TrainConfig:
     seed: Annotated[int, Between(0, 2**31 - 1), "of every random number of the run"]
     average: Annotated[float, Between(0, 0.999999), "decay of the weights' average; 0: none"]
     log_every: Annotated[int, Between(1, 1_000_000_000), "updates between rows of the log"]
+    evaluate_every: Annotated[int, Between(0, 1_000_000_000), "updates between 1-NN scores; 0: no"]
     checkpoint_every: Annotated[int, Between(1, 1_000_000_000), "updates between checkpoints"]
     pictures: Annotated[int, Between(0, 1000), "of chains or a generator's draws, over the run"]
 
@@ -261,9 +271,47 @@ def all_keys() -> dict[str, Key]:
 
 
 def nearest_word(word: object, known) -> str:
-    """What may have been meant by `word`, for the end of a message."""
-    close = difflib.get_close_matches(str(word), list(map(str, known)), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(map(str, known))}"
+    """What may have been meant by `word`, for the end of a message that stays short."""
+    known = list(map(str, known))
+    if close := difflib.get_close_matches(str(word), known, n=1, cutoff=0.4):
+        return f"; did you mean {close[0]}?"
+    if len(known) <= 12:
+        return f"; there are: {', '.join(known)}"
+    return "; `python cebm.py show` lists them"
+
+
+# What other programs call things, for hints.
+OTHER_NAMES = {
+    "lr": "train.rate",
+    "learning_rate": "train.rate",
+    "batch_size": "train.batch",
+    "bs": "train.batch",
+    "epochs": "train.updates (an epoch is as many as there are images, divided by train.batch)",
+    "num_epochs": "train.updates (an epoch is as many as there are images, divided by train.batch)",
+    "iterations": "train.updates",
+    "max_steps": "train.updates",
+    "optimizer": "train.rate, train.beta1, train.beta2 and train.epsilon: it is always Adam",
+    "optimiser": "train.rate, train.beta1, train.beta2 and train.epsilon: it is always Adam",
+    "momentum": "train.beta1",
+    "betas": "train.beta1 and train.beta2",
+    "eps": "train.epsilon",
+    "scheduler": "train.decay and train.warmup",
+    "ema": "train.average",
+    "ema_decay": "train.average",
+    "latent_dim": "model.latent",
+    "z_dim": "model.latent",
+    "image_size": "data.image, as [channels,height,width]",
+    "img_size": "data.image, as [channels,height,width]",
+    "num_classes": "data.classes",
+    "buffer_size": "chains.buffer",
+    "sgld_steps": "chains.steps",
+    "num_steps": "chains.steps",
+    "sigma": "chains.noise_std",
+    "amp": "train.precision",
+    "device": "the option --device",
+    "data_dir": "the option --data-dir",
+    "dataset": "data.name",
+}
 
 
 def shorten(value: object) -> str:
@@ -355,7 +403,7 @@ LocatingLoader.add_constructor("tag:yaml.org,2002:map", LocatingLoader.construct
 def read_recipes() -> dict[str, LocatedMapping]:
     """configs.yaml: models, data, trunks, recipes, variants, presets; Failure names file and line.
 
-    `presets` holds all of them: name -> {"model", "data", "set"}.
+    `presets` holds all of them: name -> {"model", "data", "set"}, perhaps "about", "seconds".
     """
     try:
         book = yaml.load(CONFIGS.read_text(), LocatingLoader)
@@ -363,7 +411,7 @@ def read_recipes() -> dict[str, LocatedMapping]:
         raise Failure(f"{CONFIGS.name}: {' '.join(str(error).split())}") from error
     if not isinstance(book, LocatedMapping):
         raise Failure(f"{CONFIGS.name}: it has to be a mapping of sections")
-    parts = "data", "trunks", "models", "recipes", "variants", "presets"
+    parts = "data", "trunks", "models", "recipes", "variants", "presets", "timing"
     for unknown in set(book) - set(parts):
         book.fail(unknown, f"unknown section {unknown}{nearest_word(unknown, parts)}")
     book = {part: book.get_mapping(part) for part in parts}
@@ -379,10 +427,10 @@ def check_recipes(book: dict[str, LocatedMapping]) -> None:
         for name in set(book[part]) - {"common"}:
             check_settings(book[part].get_mapping(name))
     for name in book["data"]:
-        check_entry(book, book["data"].get_mapping(name), {"trunk": "trunks"})
+        check_entry(book, book["data"].get_mapping(name), {"trunk": "trunks"}, others=("about",))
     for name in book["models"]:
         entry = book["models"].get_mapping(name)
-        check_entry(book, entry, {"recipe": "recipes"}, others=("data",))
+        check_entry(book, entry, {"recipe": "recipes"}, others=("data", "about"))
         if not isinstance(entry.get("data"), list):
             entry.fail("data", f"data of {name} has to be a list of data sets")
         for source in entry["data"]:
@@ -390,11 +438,11 @@ def check_recipes(book: dict[str, LocatedMapping]) -> None:
                 entry.fail("data", f"{source} is not in data{nearest_word(source, book['data'])}")
     for name in book["presets"]:
         entry = book["presets"].get_mapping(name)
-        check_entry(book, entry, {"model": "models", "data": "data"})
+        check_entry(book, entry, {"model": "models", "data": "data"}, others=("about", "seconds"))
     known = all_presets(book | {"variants": {}})
     for name in book["variants"]:
         entry = book["variants"].get_mapping(name)
-        check_entry(book, entry, {}, others=("of",))
+        check_entry(book, entry, {}, others=("of", "about"))
         bases = entry.get_mapping("of")
         for base in bases:
             if base not in known:
@@ -437,17 +485,15 @@ def check_entry(book, entry: LocatedMapping, named: dict[str, str], others=()) -
 
 def all_presets(book: dict[str, LocatedMapping]) -> dict[str, dict]:
     """The presets that are listed, MODEL-DATA, and variants of both."""
-    presets = {
-        name: {"model": entry["model"], "data": entry["data"], "set": entry.get("set", {})}
-        for name, entry in book["presets"].items()
-    }
+    presets = {name: {"set": {}, **entry} for name, entry in book["presets"].items()}
     for model, entry in book["models"].items():
         for source in entry["data"]:
             presets[f"{model}-{source}"] = {"model": model, "data": source, "set": {}}
     for variant, entry in book["variants"].items():
         for base, settings in entry["of"].items():
             combined = presets[base]["set"] | entry.get("set", {}) | settings
-            presets[f"{base}-{variant}"] = presets[base] | {"set": combined}
+            about = {"about": entry["about"]} if "about" in entry else {}
+            presets[f"{base}-{variant}"] = presets[base] | about | {"set": combined}
     return presets
 
 
@@ -459,6 +505,7 @@ def compose(preset: str, settings=()) -> Config:
     entry = book["presets"][preset]
     chosen = {"model.name": entry["model"], "data.name": entry["data"]}
     chosen |= dict(parse_setting(setting) for setting in settings)
+    refuse_unusable_keys(chosen)
     # A model or data set that is set in place of the preset's brings its own recipe.
     kind = book["models"].get(str(chosen["model.name"]), book["models"][entry["model"]])
     images = book["data"].get(str(chosen["data.name"]), book["data"][entry["data"]])
@@ -474,6 +521,61 @@ def compose(preset: str, settings=()) -> Config:
     return parse_flat(flat)
 
 
+# Keys that a script may set for all models alike: where a model has no use for one, a warning.
+COMMON_KEYS = "model.channels", "model.hidden", "chains.steps", "chains.buffer"
+
+
+def refuse_unusable_keys(settings: dict[str, object]) -> None:
+    """UsageError where the model or the data set that is named has no use for another setting."""
+    name, source = settings["model.name"], settings["data.name"]
+    if len(settings) == 2 or name not in models.MODELS or source not in data.DATASETS:
+        return
+    usable = keys_in_use(models.MODELS[name])
+    if "extra" in data.DATASETS[source].counts:
+        usable.add("data.extra")
+    if data.DATASETS[source].classes is None:
+        usable |= {"data.split_seed", "data.skip_unreadable"}
+    for key in settings.keys() & all_keys().keys() - usable:
+        if key in COMMON_KEYS:
+            click.echo(f"Warning: {name} has no use for {key}", err=True)
+            continue
+        section = key.partition(".")[0]
+        used = sorted(other for other in usable if other.startswith(f"{section}."))
+        who = source if section == "data" else name
+        raise click.UsageError(
+            f"{who} has no use for {key}. Of {section} it has {', '.join(used) or 'no key'}"
+        )
+
+
+def keys_in_use(kind: models.ModelKind) -> set[str]:
+    """The keys SECTION.KEY that some kind of model uses, whatever its data."""
+    usable = set(all_keys()) - {"data.extra", "data.split_seed", "data.skip_unreadable"}
+    own = {f"model.{key}" for key in kind.keys | {"name", "latent", "channels", "hidden"}}
+    usable -= {f"model.{key}" for key in keys_of(ModelConfig)} - own
+    langevin = {"chains.step_size", "chains.noise_std", "chains.bound"}
+    if kind.chains == "gibbs":
+        usable -= langevin | {"model.channels", "model.hidden"}
+    elif kind.chains is None:
+        usable -= {f"chains.{key}" for key in keys_of(ChainConfig)}
+        if kind.latent_energy:
+            usable |= {"chains.step_size", "chains.noise_std"}  # of `sample --refine`
+        elif kind.density and not kind.decoder:
+            usable |= langevin | {"chains.steps", "chains.final_steps"}  # of `sample`
+    if kind.chains != "langevin":
+        usable -= {"guard.gap", "guard.pixels", "guard.runaway"}
+    return usable
+
+
+def nearest_key(name: str) -> str:
+    """The key that may have been meant, with or without its section."""
+    bare = {key.split(".")[1]: key for key in all_keys()}
+    words = all_keys() if "." in name else bare
+    close = difflib.get_close_matches(name, words, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {bare.get(close[0], close[0])}?"
+    return "; `python cebm.py show quickstart` explains each key"
+
+
 def parse_setting(setting: str) -> tuple[str, object]:
     """KEY=VALUE -> SECTION.KEY and its value; the section may be left out if one alone has KEY."""
     name, equals, text = setting.partition("=")
@@ -481,9 +583,9 @@ def parse_setting(setting: str) -> tuple[str, object]:
     if not equals:
         raise click.UsageError(f"--set {setting}: {name!r} is not KEY=VALUE")
     if not matches:
-        raise click.UsageError(
-            f"--set {setting}: {name!r} is no key{nearest_word(name, all_keys())}"
-        )
+        other = OTHER_NAMES.get(name.rpartition(".")[2].lower().replace("-", "_"))
+        hint = f"; here that is {other}" if other else nearest_key(name)
+        raise click.UsageError(f"--set {setting}: {name!r} is no key{hint}")
     if len(matches) > 1:
         choice = " or ".join(sorted(matches))
         raise click.UsageError(f"--set {setting}: {name!r} could be {choice}")
@@ -503,6 +605,8 @@ def check(config: Config, processes: int = 1) -> None:
         fits = image[1] == image[2] and image[1] in kind.sides
     else:
         sizes, fits = "at least 8 x 8", min(image[1:]) >= 8
+    if "components" in kind.keys and config.model.components < 2:
+        raise click.UsageError(f"model.components = 1: {name} has at least 2")
     if not fits:
         raise click.UsageError(
             f"data.image = {list(image)}: {name} is for images of {sizes} pixels"
@@ -530,7 +634,10 @@ def as_yaml(tree: object) -> str:
 
 # ---------------------------------------------------------------------------------- Checkpoints
 
-FORMAT = 7  # of a checkpoint; another is refused
+FORMAT = 8  # of a checkpoint
+# An earlier one that can be evaluated and begun anew from, not resumed: its random numbers and the
+# order of its images were others.
+EARLIER_FORMATS = (7,)
 
 
 class Rollback(TypedDict):
@@ -555,6 +662,7 @@ class Evaluable(TypedDict, total=False):
     seconds: float  # of training
     precision: str  # of convolutions: float32 or bfloat16
     device: str
+    data_dir: str  # where the data were, "" if embedded
     torch: str  # versions
     python: str
 
@@ -711,7 +819,7 @@ def complete_and_check(state: dict) -> None:
     for key, value in state.items():
         if key in hints and not is_of_type(value, hints[key]):
             raise ValueError(f"{key} is of another type, or larger than the file")
-    if state["format"] != FORMAT:
+    if state["format"] not in (FORMAT, *EARLIER_FORMATS):
         raise ValueError(f"it is of format {state['format']}")
     for section, values in read_recipes()["recipes"]["common"].items():
         if section not in state["config"]:
@@ -818,14 +926,34 @@ def memory_limit() -> int:
 def load_images(config: Config, split: str, data_dir: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) and labels (N,) of the data that `config` names."""
     settings = config.data
-    images, labels = data.load(settings.name, split, data_dir, settings.image, settings.extra)
+    images, labels = data.load(
+        settings.name, split, data_dir, settings.image, settings.extra, folder_options(config)
+    )
     found = int(labels.max()) + 1
     if found > settings.classes or (split == "train" and found < settings.classes):
-        raise Failure(
-            f"{settings.name}: {found} classes, not {settings.classes} "
-            f"(train --set classes={found})"
-        )
+        raise Failure(f"{settings.name} ({split}) has {found} classes, not {settings.classes}")
     return images, labels
+
+
+def folder_options(config: Config) -> data.FolderOptions:
+    """How a folder of the user's own images is read."""
+    return data.FolderOptions(config.data.split_seed, config.data.skip_unreadable)
+
+
+def count_classes(config: Config, data_dir: str) -> Config:
+    """`config` with the number of classes that a folder has, unless it has one."""
+    if config.data.classes or data.DATASETS[config.data.name].classes is not None:
+        return config
+    names = data.class_names(config.data.name, data_dir, 0, folder_options(config))
+    return replace(config, data=replace(config.data, classes=len(names)))
+
+
+def data_place(state: Checkpoint, data_dir: str | None) -> str:
+    """Where the data of a checkpoint are: as the command says, or where they were in training."""
+    remembered = state.get("data_dir")
+    if data_dir is None and remembered and os.path.isdir(remembered):
+        return remembered
+    return data_dir or "data"
 
 
 # ------------------------------------------------------------------------------------- Training
@@ -866,6 +994,26 @@ def chain_steps(update: int, config: Config) -> int:
     return round(first * (last / first) ** (update / config.train.updates))
 
 
+# What random numbers are for, beside a model's first weights, which the seed itself decides.
+STREAMS = "training", "order", "picture", "sample", "prior", "buffer"
+
+
+def stream_seed(purpose: str, *numbers: int) -> int:
+    """A seed for one of `STREAMS`, as for seed, rank and rollbacks.
+
+    NumPy's hash makes streams independent, however close the numbers are. Sums would not: seed 0
+    after a rollback would be seed 1.
+    """
+    import numpy
+
+    sequence = numpy.random.SeedSequence([STREAMS.index(purpose), *numbers])
+    return int(sequence.generate_state(1, numpy.uint64)[0])
+
+
+class ChainsCutShort(Exception):
+    """A stop was asked for while chains moved: the update is to be undone."""
+
+
 class Trainer:
     """What training changes: weights and their average, optimiser, chains, random numbers.
 
@@ -903,13 +1051,13 @@ class Trainer:
             self.model.forward = self.model.loss
             self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
         self.mover_steps, self.mover = 0, None  # a function that moves chains by so many steps
+        self.stop: Stop | None = None  # what may end chains early
         self.record_learning()
 
     def reseed(self, rollbacks: int = 0) -> None:
-        """New random numbers, other than those of the weights and of other processes."""
-        torch.manual_seed(
-            self.config.train.seed + rollbacks + 1_000_003 * (self.processes.rank + 1)
-        )
+        """New random numbers, also after each rollback and in each process."""
+        seed = self.config.train.seed
+        torch.manual_seed(stream_seed("training", seed, self.processes.rank, rollbacks))
 
     def new_buffer(self) -> sampling.ReplayBuffer:
         """This process's share of the chains."""
@@ -942,6 +1090,25 @@ class Trainer:
         x += noise_std * torch.randn(x.shape, generator=self.generator, device=self.device)
         return x, self.labels[chosen]
 
+    def begin_update(self) -> Tensor | None:
+        """The random numbers' state, so that an update whose chains are cut short can be undone.
+
+        On a GPU, and of several processes, chains are not cut short.
+        """
+        self.interruptible = not self.cuda and self.processes.count == 1
+        return self.generator.get_state() if self.interruptible else None
+
+    def undo_update(self, before: Tensor) -> None:
+        """As if the update had not been begun: its chains have not been stored yet."""
+        self.update -= 1
+        self.generator.set_state(before)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """The model's, for chains; ChainsCutShort if a stop was asked for."""
+        if self.interruptible and self.stop and self.stop.asked:
+            raise ChainsCutShort
+        return self.model.energy(x)
+
     def move_chains(self, x: Tensor) -> Tensor | None:
         """As many chains of the buffer as images x, moved on; None for models without chains."""
         if self.buffer is None:
@@ -959,7 +1126,7 @@ class Trainer:
         return sampling.mover(
             self.sampler,
             self.model,
-            self.model.energy,
+            self.model.energy if self.cuda else self.energy,
             steps,
             self.config.chains,
             self.generator,
@@ -1032,7 +1199,8 @@ class Trainer:
             return self.buffer.images[:64]
         if not models.MODELS[self.config.model.name].decoder:
             return None
-        with evaluate.seeded(self.config.train.seed, self.device), torch.no_grad():
+        seed = stream_seed("picture", self.config.train.seed)
+        with evaluate.seeded(seed, self.device), torch.no_grad():
             drawn = self.model.eval().generate(64)
         self.model.train()
         return drawn
@@ -1041,7 +1209,7 @@ class Trainer:
 @lru_cache(maxsize=1)
 def epoch_order(seed: int, epoch: int, count: int, device) -> Tensor:
     """The order of `count` images in an epoch, moved to the device once and kept."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(stream_seed("order", seed, epoch))
     return torch.randperm(count, generator=generator).to(device)
 
 
@@ -1193,9 +1361,11 @@ class Stop:
                 self.previous[number] = signal.signal(number, self.take)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            raise Failure("ended without saving; the same command goes on from what was saved")
 
     def take(self, *_) -> None:
         """A signal has come."""
@@ -1220,47 +1390,111 @@ class Stop:
 
 
 class RunLog:
-    """log.csv, a row every `log_every` updates, and the same as lines on stdout.
+    """log.csv, a row every `log_every` updates, and what a user sees of a run on stdout.
 
-    Only the first of several processes (`writes`) has either.
+    On a terminal that is a bar, else a short line for each row. Only the first of several processes
+    (`writes`) has either.
     """
 
-    def __init__(self, path: Path, stop: Stop, writes: bool):
-        self.path, self.stop, self.writes = path, stop, writes
+    def __init__(self, path: Path, stop: Stop, config: Config, writes: bool):
+        self.path, self.stop, self.config, self.writes = path, stop, config, writes
         self.text, self.seconds_before = "", 0.0  # of the file, of earlier processes
         self.started, self.updates_made = time.monotonic(), 0
+        self.score: dict[str, float] = {}  # the last 1-NN
+        self.shown = 0.0  # when a line or the bar was last brought up to date
+        self.curves_drawn = self.started  # when curves.png was
+        self.bar = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on from the rows and the time of a checkpoint."""
         self.text, self.seconds_before = checkpoint["log"], checkpoint["seconds"]
 
-    def begin(self) -> None:
+    def begin(self, update: int) -> None:
         """Brings the file to the rows so far: a process that was killed may have left more."""
         if self.writes and self.text:
             write_atomically(self.path, self.text.encode())
         elif self.writes:
             self.path.unlink(missing_ok=True)
+        if self.writes and sys.stdout.isatty():
+            self.bar = click.progressbar(
+                length=self.config.train.updates,
+                width=8,
+                bar_template="%(bar)s %(info)s",
+                show_percent=False,
+                show_eta=False,
+                item_show_func=str,
+            )
+            self.draw(update, "starting")
 
     @property
     def seconds(self) -> float:
         """Of training so far, of earlier processes too."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def row(self, update: int, metrics: dict[str, Tensor], rollbacks: int) -> None:
-        """Writes and prints a row; waits for the device."""
-        figures = torch.stack(list(metrics.values())).tolist()
-        seconds = self.seconds
+    @property
+    def speed(self) -> float:
+        """Updates a second of this process."""
+        return self.updates_made / max(1e-9, self.seconds - self.seconds_before)
+
+    def made(self, trainer: Trainer, metrics: dict[str, Tensor], rollbacks: int) -> None:
+        """An update has been made. Says so at times, at first soon, without a row in the file."""
+        self.updates_made += 1
+        now = time.monotonic()
+        first = self.shown == 0.0 and (self.updates_made == 5 or now - self.started > 5)
+        if self.writes and (first or (self.bar and now - self.shown > 0.5)):
+            self.show(trainer, as_numbers(metrics), rollbacks)
+
+    def row(self, trainer: Trainer, metrics: dict[str, Tensor], rollbacks: int, score: dict):
+        """Writes and shows a row; waits for the device. `score` is empty between evaluations."""
+        figures, seconds = as_numbers(metrics), self.seconds
         row = {
-            "update": update,
-            **dict(zip(metrics, figures, strict=True)),
+            "update": trainer.update,
+            **figures,
             "rollbacks": rollbacks,
             "seconds": round(seconds, 1),
-            "updates_per_second": round(self.updates_made / (seconds - self.seconds_before), 3),
+            "updates_per_second": round(self.speed, 3),
         }
+        if self.config.train.evaluate_every:
+            row |= {name: score.get(name, "") for name in SCORES}
         lines = [] if self.text else [",".join(row)]
         lines.append(",".join(map(str, row.values())))
         self.append("".join(f"{line}\n" for line in lines))
-        self.say("  ".join(f"{k} {v:{'' if type(v) is int else '.5g'}}" for k, v in row.items()))
+        self.score = score or self.score
+        self.show(trainer, figures, rollbacks)
+
+    def show(self, trainer: Trainer, figures: dict[str, float], rollbacks: int) -> None:
+        """Brings the bar up to date, or prints a line."""
+        self.shown = time.monotonic()
+        parts = self.parts(trainer, figures, rollbacks)
+        if self.bar:
+            room = shutil.get_terminal_size().columns - len("######## ") - 1
+            self.draw(trainer.update, "  ".join(fitting(parts, room)))
+        else:
+            self.say("  ".join(fitting(parts, 80)))
+
+    def parts(self, trainer: Trainer, figures: dict[str, float], rollbacks: int) -> list[str]:
+        """What there is to say, the most important first."""
+        train, update = self.config.train, trainer.update
+        left = in_words((train.updates - update) / max(self.speed, 1e-9))
+        parts = [f"{update}/{train.updates}", f"{left} left"]
+        if "gap" in figures:
+            parts.append(f"gap {figures['gap']:.2g}")
+        else:
+            parts.append(f"loss {figures['loss']:.4g}")
+        if self.score:
+            parts.append(f"1-NN {self.score['knn']:.1f}")
+        if rollbacks:
+            parts.append(f"{rollbacks} rollback{'s' * (rollbacks > 1)}")
+        if "pixel_min" in figures:
+            parts.append(f"pixels {figures['pixel_min']:.2g} to {figures['pixel_max']:.2g}")
+        rate = learning_rate(max(1, update), train, trainer.halvings)
+        return [*parts, f"rate {rate:.2g}", f"{self.speed:.3g}/s"]
+
+    def draw(self, update: int, text: str) -> None:
+        """The bar, `text` beside it."""
+        with self.printing():
+            self.bar.pos, self.bar.current_item = update, text
+            self.bar.render_progress()
 
     def append(self, lines: str) -> None:
         """Adds lines to the file and to what checkpoints hold of it."""
@@ -1273,17 +1507,103 @@ class RunLog:
                 raise Failure(f"cannot write {self.path}: {error.strerror}") from error
 
     def say(self, line: str) -> None:
-        """Prints a line. If it cannot be printed, the run saves and ends.
+        """Prints a line, in place of the bar, which comes again below it."""
+        if not self.writes:
+            return
+        with self.printing():
+            if self.bar:
+                click.echo("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", nl=False)
+            click.echo(line)
+
+    def end(self) -> None:
+        """Leaves the bar as it is and goes on below it."""
+        if self.bar:
+            with self.printing():
+                click.echo()
+            self.bar = None
+
+    @contextmanager
+    def printing(self):
+        """If nothing can be printed, the run saves and ends.
 
         Ctrl-C of `train | tee log` ends tee first; or stdout is a file on a full disk.
         """
-        if not self.writes:
-            return
         try:
-            click.echo(line)
+            yield
         except OSError:
             self.stop.ask()
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def as_numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Metrics of an update, brought from the device at once."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+def fitting(parts: list[str], width: int) -> list[str]:
+    """As many of the first `parts` as fit into a line, two spaces between them."""
+    count = len(parts)
+    while count > 1 and len("  ".join(parts[:count])) > width:
+        count -= 1
+    return parts[:count]
+
+
+def in_words(seconds: float) -> str:
+    """A time as 0:45, 12:03 (minutes), 5:04:03 (hours) or 3.2 days."""
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86_400:.1f} days"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+SCORES = "knn", "knn_untrained", "knn_pixels"  # columns of the log
+
+
+class Neighbours:
+    """1-NN accuracy during training, on at most 10,000 training and 2,000 test images.
+
+    These are evenly spaced. Nothing of it draws random numbers, so that a run that is evaluated
+    ends as one that is not.
+    """
+
+    def __init__(self, config: Config, train, test, device):
+        self.parts = [
+            [part[:: -(-len(images) // most)] for part in (images, labels)]
+            for (images, labels), most in ((train, 10_000), (test, 2_000))
+        ]
+        self.device = device
+        untrained = new_model(config, device).eval()
+        self.fixed = {
+            "knn_untrained": self.accuracy(untrained.represent),
+            "knn_pixels": self.accuracy(lambda x: x.flatten(1)),
+        }
+
+    def accuracy(self, encode) -> float:
+        (images, labels), (test_images, test_labels) = self.parts
+        a, b = (evaluate.in_batches(encode, part, self.device) for part in (images, test_images))
+        return evaluate.percent_equal(labels[evaluate.nearest(a, b).cpu()], test_labels)
+
+    def score(self, trainer: Trainer) -> dict[str, float]:
+        """`SCORES` of the averaged weights, if the run keeps them, else of the weights."""
+        model = trainer.model if trainer.average is None else trainer.average
+        score = self.accuracy(model.eval().represent)
+        model.train()
+        return {"knn": score, **self.fixed}
+
+
+def find_neighbours(config: Config, train, data_dir: str, device, say) -> Neighbours | None:
+    """What `train.evaluate_every` needs, or None where there is nothing to compare with."""
+    if not config.train.evaluate_every:
+        return None
+    if config.data.classes < 2:
+        say("no 1-NN during training: the images have no classes")
+        return None
+    try:
+        return Neighbours(config, train, load_images(config, "test", data_dir), device)
+    except Failure as error:
+        say(f"no 1-NN during training: {error.message}")
+        return None
 
 
 @dataclass(frozen=True)
@@ -1334,10 +1654,24 @@ class RunFolder:
             "seed": self.config.train.seed,
             "precision": self.precision,
             "device": self.device,
+            "data_dir": os.path.abspath(self.data_dir) if self.data_option else "",
             "torch": str(torch.__version__),
             "python": sys.version.split()[0],
         }
         save_checkpoint(self.checkpoint, checkpoint)
+
+    def save_curves(self, log: RunLog, at_once: bool) -> None:
+        """Draws curves.png anew, unless that was done within the last minute."""
+        now = time.monotonic()
+        if not self.writes or not (at_once or now - log.curves_drawn > 60):
+            return
+        log.curves_drawn = now
+        curves = {self.preset: read_curves(log.text, self.config)}
+        path = self.path / "curves.png"
+        try:
+            write_atomically(path, evaluate.figure_bytes(evaluate.curves_figure(curves), path))
+        except Failure as error:  # no reason to end a run
+            log.say(f"Warning: {error.message}")
 
     def save_picture(self, update: int, images: Tensor | None) -> None:
         """Writes chains, or draws of a generator, into samples/; None for models without either."""
@@ -1350,25 +1684,41 @@ class RunFolder:
                 click.echo(f"Warning: {error.message}", err=True)
 
 
-def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: Stop) -> None:
+def fit(
+    trainer: Trainer,
+    guard: Guard,
+    log: RunLog,
+    folder: RunFolder,
+    stop: Stop,
+    neighbours: Neighbours | None = None,
+) -> None:
     """Trains to `train.updates`, or until a stop is requested; Failure where it keeps diverging."""
     train, processes = trainer.config.train, trainer.processes
     picture_every = math.ceil(train.updates / train.pictures) if train.pictures else math.inf
     while trainer.update < train.updates and not stop.requested:
         if guard.is_exhausted:
             raise Failure(advice_after_divergence(guard, folder))
-        x, y = trainer.next_batch()
-        chains = trainer.move_chains(x)  # None for models without chains
+        before = trainer.begin_update()
+        try:
+            x, y = trainer.next_batch()
+            chains = trainer.move_chains(x)  # None for models without chains
+        except ChainsCutShort:
+            trainer.undo_update(before)
+            if trainer.is_finite():
+                folder.save(guard.stamp(trainer.state_dict()), guard, log)
+            break
         metrics = trainer.learn(x, y, chains)  # stay on the device
         guard.observe(metrics)
-        log.updates_made += 1
+        log.made(trainer, metrics, len(guard.rollbacks))
 
         update, last = trainer.update, trainer.update == train.updates
         regular = update % train.checkpoint_every == 0
         checking = last or regular or update % guard.settings.every == 0
         reason = guard.verdict(trainer.model) if checking else None
-        if last or reason or update % train.log_every == 0:
-            log.row(update, metrics, len(guard.rollbacks) + bool(reason))
+        evaluating = neighbours and not reason and (last or update % train.evaluate_every == 0)
+        score = neighbours.score(trainer) if evaluating else {}
+        if last or reason or score or update % train.log_every == 0:
+            log.row(trainer, metrics, len(guard.rollbacks) + bool(reason), score)
         if reason:
             snapshot = guard.roll_back(trainer, reason)
             folder.save(snapshot, guard, log)
@@ -1379,6 +1729,7 @@ def fit(trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder, stop: St
         if last or regular or (stop.requested and trainer.is_finite()):
             snapshot = guard.accept(trainer) if regular else guard.stamp(trainer.state_dict())
             folder.save(snapshot, guard, log)
+            folder.save_curves(log, at_once=last or stop.requested)
         if update % picture_every == 0 or (last and train.pictures):
             folder.save_picture(update, trainer.picture())
 
@@ -1441,6 +1792,8 @@ def obstacles_to_resuming(old: Config, new: Config) -> dict[str, str]:
     """
     differing = differences(old, new)
     harmless = ["train.compile", "train.threads", "train.log_every", "train.pictures"]
+    if old.train.evaluate_every and new.train.evaluate_every:
+        harmless.append("train.evaluate_every")
     flat = all(c.train.decay == "none" and not c.chains.final_steps for c in (old, new))
     if flat and old.train.updates < new.train.updates:
         harmless.append("train.updates")
@@ -1530,6 +1883,11 @@ def find_start(config: Config, preset: str, path: Path, init_from: Path | None) 
     if path.exists():
         state = load_checkpoint(path)
         require_same_run(state, config, path)
+        if state["format"] != FORMAT:
+            raise Failure(
+                f"{path} was begun by an earlier version, whose random numbers were others: go on "
+                f"from its state in another --out, with --init-from {shlex.quote(str(path))}"
+            )
         origin = state.get("origin", "")
         if init_from and f" of {init_from} (" not in origin:
             raise Failure(f"{path} was not begun from {init_from}: choose another --out")
@@ -1642,7 +2000,8 @@ def train_run(
         )
         trainer = Trainer(config, images, labels, device, precision, processes)
         guard = Guard(config, trainer.state_dict(), processes)
-        log = RunLog(folder_path / "log.csv", stop, first)
+        trainer.stop = stop
+        log = RunLog(folder_path / "log.csv", stop, config, first)
         if start.branches:
             branch_off(trainer, guard, start.state, start.path)
             folder.save(guard.good, guard, log)  # so that the same command resumes
@@ -1651,16 +2010,64 @@ def train_run(
         if start.state:
             log.say(f"resuming after update {trainer.update} of {start.path}")
         folder.begin()
-        log.begin()
         if precision == "bfloat16" and not sampling.bfloat16_pays(device):
             log.say(
                 "this processor only emulates bfloat16, many times slower than float32: --set "
                 "train.precision=float32, for a run that has begun with --init-from in a new --out"
             )
-        log.say(f"{config.train.updates} updates in {precision}; every {config.train.log_every}:")
-        fit(trainer, guard, log, folder, stop)
+        neighbours = find_neighbours(config, (images, labels), data_dir, device, log.say)
+        if data.DATASETS[config.data.name].classes is None:
+            log.say(data.describe_folder(Path(data_dir), folder_options(config)))
+        log.say(sizes(trainer))
+        log.say(plan(config, precision))
+        log.begin(trainer.update)
+        try:
+            fit(trainer, guard, log, folder, stop, neighbours)
+        finally:
+            log.end()
         log.say(farewell(trainer, folder))
         return 0 if trainer.update >= config.train.updates else 130
+
+
+def plan(config: Config, precision: str) -> str:
+    """A line on what is going to happen."""
+    train, chains = config.train, config.chains
+    steps = ""
+    if models.MODELS[config.model.name].chains:
+        last = f" to {chains.final_steps}" if chains.final_steps else ""
+        steps = f", chains of {chains.steps}{last} steps"
+    return f"{train.updates} updates of {train.batch} images{steps}, in {precision}"
+
+
+def sizes(trainer: Trainer) -> str:
+    """A line on how large model, buffer and checkpoints are, in 10^6 bytes."""
+    model = sum(tensor.nbytes for tensor in trainer.model.state_dict().values())
+    chains = 0 if trainer.buffer is None else trainer.buffer.images.nbytes * trainer.processes.count
+    copies = 4 if trainer.average is not None else 3  # with Adam's two moments
+    checkpoint = 2 * (copies * model + chains)  # the good state and the newest
+    parts = [f"model {megabytes(model)}"]
+    if chains:
+        parts.append(f"replay buffer {megabytes(chains)}")
+    return ", ".join([*parts, f"checkpoint {megabytes(checkpoint)} (up to half as much again)"])
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e8 else f"{count / 1e6:,.0f} MB"
+
+
+def read_curves(text: str, config: Config) -> dict[str, list[float]]:
+    """The columns of a log, empty cells as NaN, and the learning rate."""
+    rows = list(csv.DictReader(text.splitlines()))
+    columns = (
+        {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in rows[0]}
+        if rows
+        else {"update": [], "rollbacks": []}
+    )
+    columns["rate"] = [
+        learning_rate(round(update), config.train, max(0, round(back) - config.guard.same_rate))
+        for update, back in zip(columns["update"], columns["rollbacks"], strict=True)
+    ]
+    return columns
 
 
 def farewell(trainer: Trainer, folder: RunFolder) -> str:
@@ -1696,6 +2103,8 @@ def start_processes(device) -> Processes:
 def parse_device(_context, _parameter, name: str):
     """A torch.device that works here, by its name; a GPU of `torchrun` is the process's own."""
     sampling.keep_freed_memory()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # torch is loaded now
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1707,12 +2116,25 @@ def parse_device(_context, _parameter, name: str):
         torch.zeros(1, device=device).tolist()
         return device
     except Exception as error:  # backends that are not there raise any kind
-        raise click.UsageError(f"--device {name}: {first_line(error)}") from error
+        kind, known = name.partition(":")[0], ("auto", "cpu", "cuda", "mps", "xpu")
+        if kind == "gpu":
+            hint = "; did you mean cuda?"
+        elif kind in known:
+            hint = f" cannot be used here ({first_line(error):.100}); --device cpu can"
+        else:
+            hint = nearest_word(kind, known)
+        raise click.UsageError(f"--device {name}{hint}") from error
 
 
 CHECKPOINT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
-DATA_DIR = click.option("--data-dir", default="data", help="Where data are, or are downloaded to.")
-DEVICE = click.option("--device", default="auto", callback=parse_device, help="cpu or cuda.")
+DATA_DIR = click.option(
+    "--data-dir",
+    help="Where data are, or are downloaded to.  [default: where they were in training, or data]",
+)
+SKIP_UNREADABLE = click.option(
+    "--skip-unreadable", is_flag=True, help="Go on without images that cannot be read."
+)
+DEVICE = click.option("--device", default="auto", callback=parse_device, help="cpu, cuda or mps.")
 
 
 def first_line(error: Exception) -> str:
@@ -1728,6 +2150,7 @@ def table_options(command):
     """The options of commands that print a row a checkpoint."""
     for option in (
         DEVICE,
+        SKIP_UNREADABLE,
         DATA_DIR,
         click.option("--markdown", "form", flag_value="markdown", help="For a README."),
         click.option("--json", "form", flag_value="json", help="For a program."),
@@ -1747,11 +2170,36 @@ def say(text: str) -> None:
         raise Failure(f"cannot print: {error.strerror}") from error
 
 
-def print_rows(checkpoints, form: str | None, data_dir: str, device, figures) -> None:
+@dataclass(frozen=True)
+class Reader:
+    """Reads the data of a checkpoint: `read("train")`, `read("test")` are images and labels."""
+
+    config: Config
+    data_dir: str
+
+    def __call__(self, split: str) -> tuple[Tensor, Tensor]:
+        return load_images(self.config, split, self.data_dir)
+
+    def names(self) -> list[str]:
+        """What the labels stand for."""
+        settings = self.config.data
+        options = folder_options(self.config)
+        return data.class_names(settings.name, self.data_dir, settings.classes, options)
+
+
+def reader_of(config: Config, state: Checkpoint, data_dir: str | None, skip_unreadable: bool):
+    """A `Reader` for the data of a checkpoint, where they are and how the command wants them."""
+    if skip_unreadable:
+        config = replace(config, data=replace(config.data, skip_unreadable=True))
+    return Reader(config, data_place(state, data_dir))
+
+
+def print_rows(
+    checkpoints, form: str | None, data_dir: str | None, skip_unreadable: bool, device, figures
+) -> None:
     """A row per checkpoint: what it is, then `figures(model, config, read)` of it.
 
-    `read` returns images and labels of "train" or "test". Rows that are done are printed also when
-    a later checkpoint fails.
+    Rows that are done are printed also when a later checkpoint fails.
     """
     rows = []
     try:
@@ -1759,9 +2207,8 @@ def print_rows(checkpoints, form: str | None, data_dir: str, device, figures) ->
             model, config, state = load_model(path, device)
             row = {"checkpoint": path, "model": config.model.name, "data": config.data.name}
             row["updates"] = state["updates"]
-            rows.append(
-                row | figures(model, config, partial(load_images, config, data_dir=data_dir))
-            )
+            read = reader_of(config, state, data_dir, skip_unreadable)
+            rows.append(row | figures(model, config, read))
     finally:
         if rows:
             say(json.dumps(rows) if form == "json" else evaluate.table(rows, form == "markdown"))
@@ -1786,7 +2233,12 @@ def refuse_unusable_options(name: str) -> None:
         "--given": kind.posterior,
         "--steps": chains,
         "--from": chains,
+        "--trace": chains,
     }
+    if "--trace" in used:
+        usable |= {"--given": False, "--from": False}
+    if "--trace" in used and chains:
+        name += " with --trace"
     if "--given" in used and kind.posterior:
         name += " with --given"
         # Its chains start from noise, as many as images; one sweep of Gibbs draws from p(x | z).
@@ -1797,7 +2249,21 @@ def refuse_unusable_options(name: str) -> None:
             raise click.UsageError(f"{option} is not for {name}")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class Commands(click.Group):
+    """Ends after Ctrl-C with status 130, as a shell does."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            context.exit(130)
+
+
+HELP = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
+@click.group(cls=Commands, context_settings=HELP)
 def main():
     """Conjugate energy-based models. Start with `python cebm.py train`, a matter of minutes."""
 
@@ -1820,16 +2286,22 @@ def main():
     help="Begin in the state of another run, under the settings given here.",
 )
 @DATA_DIR
+@SKIP_UNREADABLE
 @DEVICE
-def train(preset, settings, out, seed, init_from, data_dir, device):
+def train(preset, settings, out, seed, init_from, data_dir, skip_unreadable, device):
     """Train, or resume where the run folder's checkpoint stopped.
 
     Example: python cebm.py train --preset cebm-fmnist --set chains.steps=20
     """
     if seed is not None:
         settings = (*settings, f"train.seed={seed}")
-    config = compose(preset, settings)
+    if skip_unreadable:
+        settings = (*settings, "data.skip_unreadable=true")
+    data_dir = data_dir or "data"
+    config = count_classes(compose(preset, settings), data_dir)
     folder = Path(out or f"runs/{preset}")
+    if data.DATASETS[config.data.name].classes is None:
+        require_outside(folder, Path(data_dir))
     processes = start_processes(device)
     try:
         status = train_run(config, preset, folder, init_from, data_dir, device, processes)
@@ -1838,6 +2310,15 @@ def train(preset, settings, out, seed, init_from, data_dir, device):
             f"{first_line(error)} Choose a smaller train.batch or chains.buffer"
         ) from error
     sys.exit(status)
+
+
+def require_outside(folder: Path, images: Path) -> None:
+    """Failure where a run's pictures would come among the images that it is trained on."""
+    inside, around = folder.resolve(), images.resolve()
+    if inside == around or around in inside.parents:
+        raise Failure(
+            f"the run folder {folder} would be in {images}, among the images: choose another --out"
+        )
 
 
 @main.command()
@@ -1851,9 +2332,8 @@ def train(preset, settings, out, seed, init_from, data_dir, device):
 )
 @click.option(
     "--given",
-    type=click.IntRange(1, 1000),
-    metavar="N",
-    help="Draw from p(x | z), z the latents of each of N test images, evenly spaced.",
+    metavar="N or PATH",
+    help="Draw from p(x | z), z the latents of N test images, or of your images at PATH.",
 )
 @click.option("--steps", type=click.IntRange(0), help="Of the chains.  [default: as in training]")
 @click.option(
@@ -1862,12 +2342,32 @@ def train(preset, settings, out, seed, init_from, data_dir, device):
     metavar="STEPS",
     help="A GAN's latents first take STEPS Langevin steps on -log p(z) - logit D(G(z)).",
 )
+@click.option(
+    "--trace",
+    type=click.IntRange(2, 100),
+    metavar="K",
+    help="Show chains from noise at K moments of their way, a row a chain (8, or --count).",
+)
 @click.option("--count", type=click.IntRange(1, 1000), default=64)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0)
 @out_option("--out", default="samples.png", help="A .png, .jpg, .pdf or .svg.")
 @DATA_DIR
+@SKIP_UNREADABLE
 @DEVICE
-def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir, device):
+def sample(
+    checkpoint,
+    source,
+    given,
+    steps,
+    refine,
+    trace,
+    count,
+    seed,
+    out,
+    data_dir,
+    skip_unreadable,
+    device,
+):
     """Draw a grid of samples: chains, or a generator's images.
 
     Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise
@@ -1875,9 +2375,17 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     require_writable(out, evaluate.PICTURES, inputs=[checkpoint])
     model, config, state = load_model(checkpoint, device)
     refuse_unusable_options(config.model.name)
-    originals = evenly_spaced_images(config, given, data_dir).to(device) if given else None
-    generator = torch.Generator(device).manual_seed(seed + 500_009)  # other numbers than training's
-    if models.MODELS[config.model.name].decoder:
+    originals = None
+    if given:
+        place = data_place(state, data_dir)
+        originals = find_originals(config, given, place, skip_unreadable).to(device)
+    generator = torch.Generator(device).manual_seed(stream_seed("sample", seed))
+    columns = None if originals is None else min(len(originals), 16)
+    if trace:
+        count = count if "--count" in options_in_use() else 8
+        images, story = trace_chains(model, config, count, steps, trace, generator)
+        columns = trace
+    elif models.MODELS[config.model.name].decoder:
         images, story = decode(model, config, originals, count, refine, seed, generator)
     else:
         start, x = chain_start(config, state, source, originals, count, seed, generator)
@@ -1886,27 +2394,70 @@ def sample(checkpoint, source, given, steps, refine, count, seed, out, data_dir,
     if wrong := int((~images.flatten(1).isfinite().all(1)).sum()):
         raise Failure(f"{wrong} of {len(images)} samples are not finite: the weights have diverged")
     say(story)
-    shown = images if originals is None else torch.cat([originals, images])
-    columns = None if originals is None else len(originals)
+    shown = images if originals is None else beneath(originals, images, columns)
     caption = f"{config.model.name}, {config.data.name}, {state['updates']} updates: {story}"
     figure = evaluate.grid_figure(shown, columns, caption)
     write_atomically(Path(out), evaluate.figure_bytes(figure, out))
     say(out)
 
 
-def evenly_spaced_images(config: Config, count: int, data_dir: str) -> Tensor:
-    """`count` test images (N, C, H, W), evenly spaced, since a folder's are sorted by class."""
-    parts = load_images(config, "test", data_dir)[0].tensor_split(count)
-    return data.normalise(torch.cat([part[:1] for part in parts]))
+def find_originals(config: Config, given: str, data_dir: str, skip_unreadable: bool) -> Tensor:
+    """The images of --given, normalised (N, C, H, W): so many test images, or those of a path.
+
+    Test images are evenly spaced, since a folder's are sorted by class.
+    """
+    most = 1000
+    if given.isdecimal() and 1 <= int(given) <= most:
+        parts = load_images(config, "test", data_dir)[0].tensor_split(int(given))
+        return data.normalise(torch.cat([part[:1] for part in parts]))
+    if given.isdecimal():
+        raise click.UsageError(f"--given {given}: from 1 to {most} images")
+    if not os.path.exists(given):
+        raise click.UsageError(f"--given {given} is neither a number of images nor a path")
+    paths = data.find_files([Path(given)])
+    if len(paths) > most:
+        raise Failure(f"--given {given} has {len(paths)} images, more than {most}")
+    images, _ = data.read_images(paths, config.data.image, skip_unreadable)
+    return data.normalise(images)
+
+
+def beneath(originals: Tensor, images: Tensor, columns: int) -> Tensor:
+    """Rows of `columns` originals, each with the row of their images beneath it."""
+    blank = -torch.ones_like(originals[:1])
+    rows = []
+    for pair in zip(originals.split(columns), images.split(columns), strict=True):
+        for row in pair:
+            rows += [row, blank.expand(columns - len(row), *blank.shape[1:])]
+    return torch.cat(rows)
+
+
+def trace_chains(model, config: Config, count: int, steps: int | None, moments: int, generator):
+    """`count` chains from noise, each at evenly spaced moments from its start to its end.
+
+    Images (count * moments, C, H, W), chain by chain, and a line on them.
+    """
+    total = (config.chains.final_steps or config.chains.steps) if steps is None else steps
+    times = [round(total * i / (moments - 1)) for i in range(moments)]
+    x = sampling.uniform((count, *config.data.image), generator)
+    sampler = models.MODELS[config.model.name].chains or "langevin"
+    states = [x]
+    for earlier, later in itertools.pairwise(times):
+        move = sampling.mover(
+            sampler, model, model.energy, later - earlier, config.chains, generator
+        )
+        x = move(x) if later > earlier else x
+        states.append(x)
+    images = torch.stack(states, 1).flatten(0, 1)
+    return images, f"{count} chains from noise after {', '.join(map(str, times))} steps"
 
 
 def decode(model, config: Config, originals, count: int, refine: int | None, seed: int, generator):
     """A decoder's images of z from p(z), or of the latents of `originals`: images, a line on it."""
     device = generator.device
     if originals is not None:
-        z, story = model.represent(originals).detach(), "decoded latents of test images"
+        z, story = model.represent(originals).detach(), "decoded latents of the images above"
     else:
-        with evaluate.seeded(seed + 500_008, device):  # other numbers than training's
+        with evaluate.seeded(stream_seed("prior", seed), device):
             z, story = model.prior.sample(count).detach(), "decoded draws from p(z)"
     if refine:
         chains = config.chains
@@ -1925,7 +2476,8 @@ def chain_start(config: Config, state, source: str, originals, count: int, seed:
     if originals is not None:
         count = len(originals)
     elif source == "buffer" and buffer is not None:
-        order = torch.randperm(len(buffer), generator=torch.Generator().manual_seed(seed))
+        shuffle = torch.Generator().manual_seed(stream_seed("buffer", seed))
+        order = torch.randperm(len(buffer), generator=shuffle)
         return "the buffer", buffer[order[:count]].to(generator.device)
     elif source == "buffer":
         say("the checkpoint has no replay buffer: starting from noise")
@@ -1942,7 +2494,7 @@ def run_chains(model, config: Config, originals, x: Tensor, steps: int | None, g
         steps = config.chains.final_steps or config.chains.steps
     sampler = kind.chains or "langevin"  # HDGE has an energy, though no chains in training
     end = sampling.mover(sampler, model, energy, steps, config.chains, generator)(x)
-    joint = "" if originals is None else " on E(x, z), z the latents of test images"
+    joint = "" if originals is None else " on E(x, z), z the latents of the images above"
     return end, (
         f"{steps} steps{joint}: mean energy {energy(x).mean().item():.4g} -> "
         f"{energy(end).mean().item():.4g}, pixels {end.min():.3g} to {end.max():.3g}"
@@ -1953,11 +2505,11 @@ def run_chains(model, config: Config, originals, x: Tensor, steps: int | None, g
 @table_options
 @click.option("--limit", type=click.IntRange(1), help="At most N training images, evenly spaced.")
 @out_option("--plot", help="The last CKPT's confusion matrix, a .png, .jpg, .pdf or .svg.")
-@click.option("--whiten", is_flag=True, help="Bring latents' principal directions to one scale.")
-def knn(checkpoints, form, data_dir, device, limit, plot, whiten):
+def knn(checkpoints, form, data_dir, skip_unreadable, device, limit, plot):
     """Exact 1-nearest-neighbour test accuracy (supplement E.1), in percent.
 
-    In latent space, that of the same network untrained, and pixel space; a classifier's own too.
+    On the latents and on whitened latents (principal directions brought to one scale), of the
+    model and of the same network untrained; on pixels; a classifier's own accuracy too.
 
     Example: python cebm.py knn runs/quickstart/ckpt.pt
     """
@@ -1965,41 +2517,52 @@ def knn(checkpoints, form, data_dir, device, limit, plot, whiten):
     last = {}
 
     def figures(model, config, read):
+        require_classes(config)
         train, test = read("train"), read("test")
         step = -(-len(train[0]) // (limit or len(train[0])))
         train = [part[::step] for part in train]
         untrained = new_model(config, device).eval()
-        row = evaluate.knn_row(model, untrained, train, test, config.data.classes, device, whiten)
+        row = evaluate.knn_row(model, untrained, train, test, config.data.classes, device)
         if models.MODELS[config.model.name].labels:
             row["accuracy"] = evaluate.accuracy(model, test, device)
-        last.update(row=row, config=config)
+        last.update(row=row, config=config, names=read.names())
         return row
 
-    print_rows(checkpoints, form, data_dir, device, figures)
+    print_rows(checkpoints, form, data_dir, skip_unreadable, device, figures)
     if plot:
-        row, settings = last["row"], last["config"].data
-        names = data.class_names(settings.name, data_dir, settings.classes)
+        row, settings, names = last["row"], last["config"].data, last["names"]
         title = f"{last['config'].model.name} on {settings.name}, 1-NN {row['latent']:.2f} %"
         figure = evaluate.confusion_figure(torch.tensor(row["confusion"]), names, title)
         write_atomically(Path(plot), evaluate.figure_bytes(figure, plot))
 
 
+def require_classes(config: Config) -> None:
+    """Failure where there are no labels to compare with."""
+    if config.data.classes < 2:
+        raise Failure(
+            "this needs labels: the images are of one class, or unlabelled. `export`, `sample` and "
+            "`ood` work; for labels put images into a folder a class"
+        )
+
+
 @main.command()
 @table_options
-@click.option("--scale", is_flag=True, help="Centre the latents and scale all alike to variance 1.")
-def probe(checkpoints, form, data_dir, device, scale):
+def probe(checkpoints, form, data_dir, skip_unreadable, device):
     """Test accuracy of logistic regression on the latents, in percent.
 
     With 1, 10, 100 (if there are as many) and all labels a class; mean and deviation of ten draws.
+    "scaled" latents are centred and all divided by one number, so that their mean variance is 1;
+    the penalty of the regression weighs more on small latents.
 
     Example: python cebm.py probe runs/quickstart/ckpt.pt
     """
 
     def figures(model, config, read):
+        require_classes(config)
         classes = config.data.classes
-        return evaluate.probe_row(model, read("train"), read("test"), classes, device, scale)
+        return evaluate.probe_row(model, read("train"), read("test"), classes, device)
 
-    print_rows(checkpoints, form, data_dir, device, figures)
+    print_rows(checkpoints, form, data_dir, skip_unreadable, device, figures)
 
 
 @main.command()
@@ -2007,10 +2570,11 @@ def probe(checkpoints, form, data_dir, device, scale):
 @click.option(
     "--against",
     multiple=True,
-    metavar="DATA",
-    help="Another data set; may be repeated. Uniform noise and constant images always.",
+    metavar="DATA or PATH",
+    help="Another data set, or your images; may be repeated. Uniform noise and constant images "
+    "always.",
 )
-def ood(checkpoints, form, data_dir, device, against):
+def ood(checkpoints, form, data_dir, skip_unreadable, device, against):
     """AUROC of telling the test set from other data, in percent.
 
     By log p(x) up to a constant, that is -E(x) or a VAE's ELBO, and by minus its gradient's norm.
@@ -2018,70 +2582,229 @@ def ood(checkpoints, form, data_dir, device, against):
     Example: python cebm.py ood runs/cebm-fmnist/ckpt.pt --against mnist
     """
     for name in against:
-        if name not in data.DATASETS:
+        if name not in data.DATASETS and not os.path.exists(name):
             raise click.UsageError(f"--against {name}{nearest_word(name, data.DATASETS)}")
 
     def figures(model, config, read):
         if not models.MODELS[config.model.name].density:
             raise Failure(f"{config.model.name} has no density of images to score with")
         shape = config.data.image
-        others = {name: data.load(name, "test", data_dir, shape)[0] for name in against}
+        others = {}
+        for name in against:
+            if name in data.DATASETS:
+                is_folder = data.DATASETS[config.data.name].classes is None
+                place = data_dir or ("data" if is_folder else read.data_dir)
+                others[name] = data.load(name, "test", place, shape)[0]
+            else:
+                paths = data.find_files([Path(name)])
+                others[name] = data.read_images(paths, shape, skip_unreadable)[0]
         return evaluate.ood_row(model, read("test")[0], others, device)
 
-    print_rows(checkpoints, form, data_dir, device, figures)
+    print_rows(checkpoints, form, data_dir, skip_unreadable, device, figures)
 
 
 @main.command()
 @CHECKPOINT("checkpoint")
 @click.option("--split", type=click.Choice(["train", "test"]), default="test")
+@click.option(
+    "--images",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="Your images in place of the data set's: a file or a folder; may be repeated.",
+)
 @out_option("--map", help="A picture of the means too: UMAP if installed, else PCA.")
-@out_option("--out", default="latents.npz", help="An .npz.")
+@out_option("--out", default="latents.npz", help="An .npz or .csv.")
 @DATA_DIR
+@SKIP_UNREADABLE
 @DEVICE
-def export(checkpoint, split, map, out, data_dir, device):
-    """Write each image's latent mean, std, energy (where the model has them) and label to an .npz.
+def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, device):
+    """Write each image's latent mean, std and energy (where the model has them) to a file.
 
-    The mean is the vector that `knn` uses, the std that of the whole posterior.
+    The mean is the vector that `knn` uses, the std that of the whole posterior. With them go
+    labels and `classes`, their names; of --images the `path` of each.
 
     Example: python cebm.py export runs/quickstart/ckpt.pt --map map.png
     """
-    require_writable(out, [".npz"], inputs=[checkpoint])
-    require_writable(map, evaluate.PICTURES, inputs=[checkpoint])
-    model, config, _ = load_model(checkpoint, device)
-    images, labels = load_images(config, split, data_dir)
-    kind = models.MODELS[config.model.name]
-    arrays = evaluate.latents(model, images, device, kind.posterior, kind.density)
-    arrays["labels"] = labels.numpy()
-    write_atomically(Path(out), evaluate.npz_bytes(arrays))
+    if images and "--split" in options_in_use():
+        raise click.UsageError("--split is of the data set, not of --images")
+    require_writable(out, [".npz", ".csv"], inputs=[checkpoint, *images])
+    require_writable(map, evaluate.PICTURES, inputs=[checkpoint, *images])
+    model, config, state = load_model(checkpoint, device)
+    kind, names, about = models.MODELS[config.model.name], [data.UNLABELLED], {}
+    if images:
+        paths = data.find_files(list(images))
+        pixels, kept = data.read_images(paths, config.data.image, skip_unreadable)
+        about["path"] = [str(paths[i]) for i in kept]
+        labels, source = (
+            torch.zeros(len(pixels), dtype=torch.long),
+            " ".join(str(path) for path in images),
+        )
+    else:
+        read = reader_of(config, state, data_dir, skip_unreadable)
+        pixels, labels = read(split)
+        names, source = read.names(), f"{config.data.name} {split}"
+        if names != [data.UNLABELLED]:
+            about = {"labels": labels.numpy(), "classes": names}
+    arrays = evaluate.latents(model, pixels, device, kind.posterior, kind.density)
+    arrays |= {name: evaluate.as_array(column) for name, column in about.items()}
+    content = evaluate.csv_bytes if out.lower().endswith(".csv") else evaluate.npz_bytes
+    write_atomically(Path(out), content(arrays))
     say(f"{out}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
     if map:
         points, method = evaluate.plane(arrays["mean"])
-        names = data.class_names(config.data.name, data_dir, config.data.classes)
-        title = f"{config.model.name}, {config.data.name} {split}, {checkpoint}"
-        figure = evaluate.map_figure(points, arrays["labels"], names, title, method)
+        title = f"{config.model.name}, {source}, {checkpoint}"
+        figure = evaluate.map_figure(points, labels.numpy(), names, title, method)
         write_atomically(Path(map), evaluate.figure_bytes(figure, map))
         say(f"{map}: {method}")
 
 
 @main.command()
-@click.argument("what", required=False, metavar="[PRESET or CKPT]")
-def show(what):
-    """List the presets, or print one preset's whole configuration, or say what a checkpoint is.
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@out_option("--out", default="curves.png", help="A .png, .jpg, .pdf or .svg.")
+def curves(runs, out):
+    """Draw the learning curves of runs over each other: folders, or checkpoints.
 
-    Example: python cebm.py show cebm-fmnist
+    Energies of data and chains, their gap, the chains' pixel range, the rate and 1-NN, if the run
+    has scored it (train.evaluate_every). Dotted lines are rollbacks.
+
+    Example: python cebm.py curves runs/quickstart
     """
-    presets = read_recipes()["presets"]
-    if what is None:
-        for name in presets:
-            train = compose(name).train
-            say(f"{name:22} {train.updates:6} updates of {train.batch} images, rate {train.rate:g}")
-    elif what in presets:
-        say(as_yaml(asdict(compose(what))).rstrip())
-    elif os.path.exists(what):
-        say(as_yaml(describe_checkpoint(load_checkpoint(what))).rstrip())
+    require_writable(out, evaluate.PICTURES, inputs=runs)
+    columns = {name: find_curves(Path(name)) for name in runs}
+    write_atomically(Path(out), evaluate.figure_bytes(evaluate.curves_figure(columns), out))
+    say(out)
+
+
+def find_curves(path: Path) -> dict[str, list[float]]:
+    """What a run folder or a checkpoint logs."""
+    if path.is_file():
+        state = load_checkpoint(path)
+        text, config = state.get("log", ""), parse_config(state["config"])
     else:
-        near = nearest_word(what, presets)
+        try:
+            text = (path / "log.csv").read_text()
+            config = parse_config(yaml.safe_load((path / "config.yaml").read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise Failure(f"{path} is no run folder ({first_line(error)})") from error
+    try:
+        columns = read_curves(text, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Failure(f"the log of {path} is damaged ({first_line(error)})") from error
+    if not columns["update"]:
+        raise Failure(f"{path} has logged nothing yet")
+    return columns
+
+
+@main.command()
+@click.argument("what", nargs=-1, metavar="[PRESET or CKPT]...")
+def show(what):
+    """List the presets, or print one's every key with its meaning, or say what a checkpoint is.
+
+    Of two presets or checkpoints: the settings that differ.
+
+    Example: python cebm.py show cebm-fmnist cebm-fmnist-fast
+    """
+    if len(what) > 2:
+        raise click.UsageError("one preset or checkpoint to describe, or two to compare")
+    if not what:
+        say(list_presets())
+    elif len(what) == 2:
+        say(compare(*what))
+    elif what[0] in read_recipes()["presets"]:
+        say(explain(compose(what[0])))
+    else:
+        say(as_yaml(describe_checkpoint(known_checkpoint(what[0]))).rstrip())
+
+
+def known_checkpoint(what: str) -> Checkpoint:
+    """The checkpoint at a path; UsageError where there is no file, nor a preset of that name."""
+    if not os.path.exists(what):
+        near = nearest_word(what, read_recipes()["presets"])
         raise click.UsageError(f"{what!r} is neither a preset nor a file{near}")
+    return load_checkpoint(what)
+
+
+def list_presets() -> str:
+    """All presets under their models: data and variant, updates, time on a CPU and on a GPU."""
+    book = read_recipes()
+    groups: dict[str, list[list[str]]] = {name: [] for name in book["models"]}
+    for name, entry in book["presets"].items():
+        config, about = compose(name), book["data"][entry["data"]].get("about", "")
+        about += "".join(f", {words}" for words in [entry.get("about")] if words)
+        times = [typical_time(config, entry, machine) for machine in ("cpu", "gpu")]
+        updates = f"{config.train.updates:,}"
+        groups[entry["model"]].append([name, updates, *times, about])
+    lines = []
+    for model, rows in groups.items():
+        lines.append(f"\n{model}: {book['models'][model].get('about', '')}")
+        for name, updates, cpu, gpu, about in rows:
+            lines.append(f"  {name:22} {updates:>7}  {cpu:>8}  {gpu:>8}  {about}")
+    head = f"  {'preset':22} {'updates':>7}  {'CPU':>8}  {'GPU':>8}"
+    return "\n".join([head, *lines, f"\n{book['timing']['about']}"])
+
+
+def typical_time(config: Config, entry: dict, machine: str) -> str:
+    """How long a preset takes on the machine that its steps were timed on, or "-"."""
+    timing, trunk = (
+        read_recipes()["timing"][machine],
+        read_recipes()["data"][entry["data"]]["trunk"],
+    )
+    train, chains = config.train, config.chains
+    if "seconds" in entry:  # of an update, measured for this preset
+        seconds = entry["seconds"].get(machine)
+        return "-" if seconds is None else roughly(train.updates * seconds)
+    known = timing.get(entry["model"], {}).get(trunk)
+    if known is None:
+        return "-"
+    update, step = known
+    last = chains.final_steps or chains.steps
+    mean = (
+        chains.steps
+        if last == chains.steps
+        else (last - chains.steps) / math.log(last / chains.steps)
+    )
+    return roughly(train.updates * train.batch / 128 * (update + mean * step))
+
+
+def roughly(seconds: float) -> str:
+    """A time to one digit or two: 40 min, 3 h, 12 days."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size or unit == "min":
+            return f"{max(1, float(f'{seconds / size:.2g}')):g} {unit}"
+
+
+def explain(config: Config) -> str:
+    """A configuration as YAML, each key with its meaning."""
+    lines = []
+    for section, values in asdict(config).items():
+        lines.append(f"{section}:")
+        for key, value in values.items():
+            setting = f"  {key}: {plain(value)}"
+            lines.append(f"{setting:34}  # {all_keys()[f'{section}.{key}'].meaning}")
+    return "\n".join(lines)
+
+
+def compare(one: str, two: str) -> str:
+    """The settings in which two presets or checkpoints differ."""
+    configs = [
+        compose(what)
+        if what in read_recipes()["presets"]
+        else parse_config(known_checkpoint(what)["config"])
+        for what in (one, two)
+    ]
+    first, second = (flatten(asdict(config)) for config in configs)
+    rows = [
+        {
+            "key": key,
+            one: plain(first[key]),
+            f"{two} ": plain(second[key]),
+            "meaning": known.meaning,
+        }
+        for key, known in all_keys().items()
+        if first[key] != second[key]
+    ]
+    return evaluate.table(rows) if rows else "no difference"
 
 
 def describe_checkpoint(state: Checkpoint) -> dict:

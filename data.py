@@ -1,16 +1,20 @@
 """Images in memory as uint8 (N, C, H, W) and labels as int64 (N,).
 
 `DATASETS` names what there is: four public sets through torchvision, a folder of the user's own,
-and `glyphs`, digits drawn by code. To add one, write a reader (split, root, image shape) -> images,
-labels, with labels from 0 on, and a line there and in configs.yaml.
+and `glyphs`, digits drawn by code. To add one, write a reader (split, root, image shape, options)
+-> images, labels, with labels from 0 on, and a line there and in configs.yaml.
 """
 
+from __future__ import annotations
+
+import hashlib
 import io
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +23,7 @@ import click
 import numpy as np
 import torch
 from click import ClickException as DataError  # one message on stderr, exit status 1
-from PIL import Image, ImageCms, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 
@@ -30,7 +34,47 @@ def normalise(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
+def as_pixels(images) -> Tensor:
+    """Somebody's images as the models take them: uint8, or float32 in [-1, 1].
+
+    `images` is a NumPy array or a tensor (N, C, H, W), (N, H, W, C) or, if grey, (N, H, W).
+    ValueError for other shapes and for floats that look as if they were in [0, 1] or [0, 255].
+    """
+    images = torch.as_tensor(images)
+    if images.dim() == 3:
+        images = images[:, None]
+    if images.dim() == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        images = images.permute(0, 3, 1, 2).contiguous()
+    if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(
+            f"images of shape {tuple(images.shape)}: it has to be (N, C, H, W), (N, H, W, C) or "
+            "(N, H, W), with C 1 or 3 and N at least 1"
+        )
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"images of {images.dtype}: pixels are uint8 or floats in [-1, 1]")
+    low, high = images.min().item(), images.max().item()
+    if not (-1.001 <= low <= high <= 1.001):
+        raise ValueError(f"pixels from {low:.3g} to {high:.3g}: floats have to be in [-1, 1]")
+    if low >= 0 and high > low:
+        raise ValueError(
+            f"pixels from {low:.3g} to {high:.3g}, as if in [0, 1]: scale them to [-1, 1], 2 x - 1"
+        )
+    return images.float()
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """How a folder of images is read."""
+
+    split_seed: int = 0  # which images are for testing, where the folder has no split
+    skip_unreadable: bool = False  # go on without images that cannot be read
+
+
+def load(
+    name: str, split: str, data_dir="data", image_shape=None, extra=False, options=FolderOptions()
+):
     """Images (N, C, H, W) uint8 and labels (N,) int64 of `split`, "train" or "test".
 
     `image_shape` (C, H, W) is by default the data set's own; a folder's images are scaled to it,
@@ -43,9 +87,9 @@ def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
         )
     dataset = DATASETS[name]
     shape = tuple(image_shape or dataset.shape)
-    images, labels = dataset.read(split, Path(data_dir), shape)
+    images, labels = dataset.read(split, Path(data_dir), shape, options)
     if extra and split == "train" and "extra" in dataset.counts:
-        more_images, more_labels = dataset.read("extra", Path(data_dir), shape)
+        more_images, more_labels = dataset.read("extra", Path(data_dir), shape, options)
         images, labels = torch.cat([images, more_images]), torch.cat([labels, more_labels])
     if images.shape[1:] != shape:
         found, wanted = ("x".join(map(str, sizes)) for sizes in (images.shape[1:], shape))
@@ -56,10 +100,10 @@ def load(name: str, split: str, data_dir="data", image_shape=None, extra=False):
     return images, labels
 
 
-def class_names(name: str, data_dir: str, num_classes: int) -> list[str]:
+def class_names(name: str, data_dir: str, num_classes: int, options=FolderOptions()) -> list[str]:
     """What the labels stand for, in their order."""
     if DATASETS[name].classes is None:
-        return list(find_classes(Path(data_dir) / "train"))
+        return list(find_folder(Path(data_dir), options.split_seed).train)
     return list(DATASETS[name].names) or [str(label) for label in range(num_classes)]
 
 
@@ -75,7 +119,7 @@ class PublicSet:
     counts: dict[str, int]  # images of each split
     sums: dict[str, int]  # CRC-32 of its images and labels, where torchvision checks no sums
 
-    def read(self, split: str, root: Path, shape) -> tuple[Tensor, Tensor]:
+    def read(self, split: str, root: Path, shape, options) -> tuple[Tensor, Tensor]:
         """Images and labels of a split, checked to be those of this set."""
         data = self.open(split, root)
         images = torch.as_tensor(data.data)
@@ -146,41 +190,139 @@ def contents(folder: Path, most: int = 6) -> str:
 # A folder of the user's own
 
 # Formats whose first frame Pillow reads without plugins.
+EXIF_ORIENTATION = 0x0112
 ENDINGS = frozenset(".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp .gif".split())
 
 
-def read_folder(split: str, root: Path, shape) -> tuple[Tensor, Tensor]:
-    """Images of `root`/SPLIT/CLASS/, scaled to `shape`; labels are the classes' order by name."""
-    classes = find_classes(root / split)
-    other = "train" if split == "test" else "test"  # found out before days of training
-    if (root / other).is_dir() and list(find_classes(root / other)) != list(classes):
-        raise DataError(
-            f"{root}: {split} has the classes {', '.join(classes)}, {other} has "
-            f"{', '.join(find_classes(root / other))}; they have to be the same"
+@dataclass(frozen=True)
+class Folder:
+    """Where the images of a folder are, class by class and split by split.
+
+    Three layouts: DIR/train/CLASS/* with DIR/test/CLASS/*; DIR/CLASS/*, of whose classes a fifth
+    each is for testing; DIR/*, unlabelled, likewise split.
+    """
+
+    root: Path
+    layout: str  # in words
+    train: dict[str, list[Path]]  # class name -> files
+    test: dict[str, list[Path]] | None  # None: DIR/test is not there
+    is_split: bool = False  # by this program
+
+    def split(self, name: str) -> dict[str, list[Path]]:
+        """Files of "train" or "test" by class; DataError if there are none."""
+        files = self.train if name == "train" else self.test
+        if files is None:
+            raise DataError(f"{self.root / name} is no folder. {WHERE_IMAGES_BELONG}")
+        return files
+
+
+UNLABELLED = ""  # the class of images that have none
+WHERE_IMAGES_BELONG = (
+    "Images belong in DIR/train/CLASS/ and DIR/test/CLASS/, or in DIR/CLASS/, or without labels in "
+    "DIR/; DIR is what --data-dir names"
+)
+
+
+def find_folder(root: Path, split_seed: int = 0) -> Folder:
+    """Finds out how a folder is laid out; DataError says what is missing."""
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder. {WHERE_IMAGES_BELONG}")
+    if (root / "train").is_dir() and subfolders(root / "train"):
+        train = require_images(root / "train")
+        test = require_images(root / "test") if (root / "test").is_dir() else None
+        if test is not None and list(train) != list(test):
+            raise DataError(
+                f"{root}: train has the classes {', '.join(train)}, test has {', '.join(test)}; "
+                "they have to be the same"
+            )
+        return Folder(root, "DIR/train/CLASS", train, test)
+    given = {"train", "test"} == {path.name for path in subfolders(root)}  # both without classes
+    if given:
+        layout = "DIR/train and DIR/test, unlabelled"
+        train, test = (
+            {UNLABELLED: find_images(root / name, outside(root))} for name in ("train", "test")
         )
-    paths = [path for files in classes.values() for path in files]
-    labels = [label for label, files in enumerate(classes.values()) for _ in files]
-    return read_images(paths, shape), torch.tensor(labels)
+    else:
+        layout, found = "DIR/CLASS", find_classes(root)
+        if not any(found.values()):
+            layout, found = "DIR, unlabelled", {UNLABELLED: find_images(root, outside(root))}
+        found = {name: files for name, files in found.items() if files}
+        train, test = split_classes(found, root, split_seed)
+    if not any(train.values()):
+        endings = ", ".join(sorted(ENDINGS))
+        raise DataError(f"{root} has no images ({endings}). {WHERE_IMAGES_BELONG}")
+    return Folder(root, layout, train, test, is_split=not given)
+
+
+def describe_folder(root: Path, options: FolderOptions) -> str:
+    """A line on the layout, the classes and how many images each split has."""
+    folder = find_folder(root, options.split_seed)
+    counts = {name: len(files) for name, files in folder.train.items()}
+    if UNLABELLED in counts:
+        classes = "no classes"
+    else:
+        listed = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:12])
+        classes = f"{len(counts)} classes: {listed}{', ...' if len(counts) > 12 else ''}"
+    test = 0 if folder.test is None else sum(map(len, folder.test.values()))
+    how = ""
+    if folder.is_split:
+        how = f", a fifth of each class, chosen by data.split_seed = {options.split_seed}"
+    return (
+        f"{root}, laid out as {folder.layout}: {sum(counts.values())} images to train on, "
+        f"{test} to test{how}; {classes}"
+    )
+
+
+def split_classes(classes: dict[str, list[Path]], root: Path, seed: int, share=5):
+    """A `share`-th of each class for testing: classes for training, classes for testing.
+
+    Which images these are depends on their names and the seed alone, so that few change sides when
+    images are added. A class of one image has none to test.
+    """
+
+    def chance(path: Path) -> bytes:
+        name = f"{seed}/{path.relative_to(root).as_posix()}".encode(errors="surrogateescape")
+        return hashlib.blake2b(name).digest()
+
+    train, test = {}, {}
+    for name, files in classes.items():
+        count = round(len(files) / share) if len(files) != 2 else 1
+        chosen = set(sorted(files, key=chance)[:count])
+        train[name] = [path for path in files if path not in chosen]
+        test[name] = [path for path in files if path in chosen]
+    return train, test
+
+
+def outside(folder: Path) -> set[Path]:
+    """Folders that a link in `folder` may not lead to: those around it."""
+    return set(folder.resolve().parents)
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name, without links to itself or to what is around it."""
+    around = {folder.resolve(), *outside(folder)}
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if is_shown(path) and path.is_dir() and path.resolve() not in around
+    ]
 
 
 def find_classes(folder: Path) -> dict[str, list[Path]]:
-    """The classes of `folder` in the order of their names, each with its image files."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder. {WHERE_IMAGES_BELONG.format(folder.parent)}")
-    seen = {folder.resolve(), *folder.resolve().parents}  # a link to them is no class
-    classes = {}
-    for path in sorted(folder.iterdir()):
-        if is_shown(path) and path.is_dir() and path.resolve() not in seen:
-            classes[path.name] = find_images(path, seen)
+    """The folders in `folder` in the order of their names, each with its image files."""
+    seen = {folder.resolve(), *outside(folder)}
+    return {path.name: find_images(path, seen) for path in subfolders(folder)}
+
+
+def require_images(folder: Path) -> dict[str, list[Path]]:
+    """`find_classes`, or DataError where there are none or one is empty."""
+    classes = find_classes(folder)
     if not classes:
-        raise DataError(f"{folder} has no classes. {WHERE_IMAGES_BELONG.format(folder.parent)}")
+        raise DataError(f"{folder} has no classes. {WHERE_IMAGES_BELONG}")
     if empty := [name for name, files in classes.items() if not files]:
         endings = ", ".join(sorted(ENDINGS))
         raise DataError(f"{folder} has classes without images ({endings}): {', '.join(empty)}")
     return classes
-
-
-WHERE_IMAGES_BELONG = "Images belong in {0}/train/CLASS/ and {0}/test/CLASS/ (--data-dir {0})"
 
 
 def find_images(folder: Path, seen: set[Path]) -> list[Path]:
@@ -188,12 +330,14 @@ def find_images(folder: Path, seen: set[Path]) -> list[Path]:
 
     Only regular files count, each once; links are followed to places that were not seen before.
     """
+    if folder.resolve() in seen:
+        return []
     seen.add(folder.resolve())
     images, files = [], set()
     for path in sorted(folder.iterdir()):
         if not is_shown(path):
             continue
-        if path.is_dir() and path.resolve() not in seen:
+        if path.is_dir():
             images += find_images(path, seen)
         elif path.suffix.lower() in ENDINGS and path.is_file() and path.resolve() not in files:
             files.add(path.resolve())
@@ -206,30 +350,87 @@ def is_shown(path: Path) -> bool:
     return not path.name.startswith((".", "__MACOSX"))
 
 
-def read_images(paths: list[Path], shape) -> Tensor:
-    """Image files scaled to `shape` (C, H, W), C 1 or 3: uint8 (N, C, H, W).
+def find_files(paths: list[Path]) -> list[Path]:
+    """Image files among `paths`, and those of folders among them, at any depth."""
+    files = []
+    for path in paths:
+        files += find_images(path, outside(path)) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"no images ({', '.join(sorted(ENDINGS))}) in {', '.join(map(str, paths))}")
+    return files
 
-    Says once what a user may not expect: transparency, colours that are lost.
+
+def read_folder(split: str, root: Path, shape, options: FolderOptions) -> tuple[Tensor, Tensor]:
+    """Images of a split, scaled to `shape`; labels are the classes' order by name."""
+    classes = find_folder(root, options.split_seed).split(split)
+    paths = [path for files in classes.values() for path in files]
+    labels = [label for label, files in enumerate(classes.values()) for _ in files]
+    images, read = read_images(paths, shape, options.skip_unreadable)
+    return images, torch.tensor(labels, dtype=torch.long)[read]
+
+
+def read_images(paths: list[Path], shape, skip_unreadable=False) -> tuple[Tensor, list[int]]:
+    """Image files scaled to `shape` (C, H, W), C 1 or 3: uint8 (N, C, H, W), and which they are.
+
+    Says what a user may not expect: transparency, lost colours, other shapes. DataError lists all
+    files that cannot be read, unless they are to be skipped.
     """
     channels, height, width = shape
     if channels not in (1, 3):
         raise DataError(f"images have 1 channel (grey) or 3 (colours), not {channels}")
     images = torch.empty(len(paths), *shape, dtype=torch.uint8)
+    read, problems, sizes = [], [], Counter()
     transparent = coloured = 0
-    read = partial(read_image, channels=channels, height=height, width=width)
-    with ThreadPoolExecutor() as pool, progress(pool.map(read, paths), len(paths)) as pictures:
-        for image, picture in zip(images, pictures, strict=True):
-            image.copy_(torch.from_numpy(picture.pixels).permute(2, 0, 1))
-            transparent += picture.transparent
-            coloured += picture.coloured
+    attempt = partial(try_image, channels=channels, height=height, width=width)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(attempt, paths)
+        with progress(found, len(paths), "reading images") as pictures:
+            for i, picture in enumerate(pictures):
+                if isinstance(picture, DataError):
+                    problems.append(picture.message)
+                    continue
+                images[i] = torch.from_numpy(picture.pixels).permute(2, 0, 1)
+                read.append(i)
+                sizes[picture.size] += 1
+                transparent += picture.transparent
+                coloured += picture.coloured
+    report_unreadable(problems, len(paths), skip_unreadable)
+    if len(read) < len(paths):
+        images = images[read]
+    say_sizes(sizes, shape)
     if transparent:
-        echo(f"{transparent} of {len(paths)} images are transparent: shown on white")
+        echo(f"{transparent} of {len(read)} images are transparent: shown on white")
     if coloured and channels == 1:
         echo(
-            f"{coloured} of {len(paths)} images have colours and are read as grey; to keep the "
+            f"{coloured} of {len(read)} images have colours and are read as grey; to keep the "
             f'colours, train with --set "data.image=[3,{height},{width}]"'
         )
-    return images
+    return images, read
+
+
+def report_unreadable(problems: list[str], count: int, skip: bool, most: int = 20) -> None:
+    """Lists images that cannot be read: DataError, or a note if they are to be skipped."""
+    if not problems:
+        return
+    listed = [f"  {problem}" for problem in problems[:most]]
+    if len(problems) > most:
+        listed.append(f"  and {len(problems) - most} more")
+    lines = "\n".join([f"{len(problems)} of {count} images cannot be read:", *listed])
+    if not skip or len(problems) == count:
+        raise DataError(f"{lines}\nReplace or delete them, or go on with --skip-unreadable")
+    echo(f"{lines}\nThey are left out")
+
+
+def say_sizes(sizes: Counter, shape) -> None:
+    """A line on the images' sizes in pixels, and on what they become, if that is another."""
+    _, height, width = shape
+    if set(sizes) <= {(width, height)}:
+        return
+    listed = ", ".join(f"{w} x {h} ({n})" for (w, h), n in sizes.most_common(3))
+    more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+    stretched = any(w * height != h * width for w, h in sizes)
+    how = ", stretched to that shape" if stretched else ""
+    echo(f"images of {listed}{more} (width x height) are scaled to {width} x {height}{how}")
 
 
 def echo(line: str) -> None:
@@ -237,25 +438,46 @@ def echo(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def progress(items, length: int):
-    """`items` with a bar on a terminal, where there are many."""
-    hidden = length < 200 or not sys.stderr.isatty()
-    return click.progressbar(items, length, "reading images", file=sys.stderr, hidden=hidden)
+@contextmanager
+def progress(items, length: int, label: str):
+    """`items`, with a bar on a terminal if there is a `label` and more than one of them.
+
+    The bar vanishes at the end.
+    """
+    hidden = not label or length < 2 or not sys.stderr.isatty()
+    options = {"file": sys.stderr, "hidden": hidden, "width": 24, "update_min_steps": length // 100}
+    with click.progressbar(items, length, label, **options) as shown:
+        yield shown
+    if not hidden:
+        print("\x1b[1A\x1b[2K", end="", file=sys.stderr)  # one line up, and clear it
 
 
 @dataclass(frozen=True)
 class Picture:
     """An image as a viewer shows it."""
 
-    pixels: np.ndarray  # uint8 (height, width, channels)
+    pixels: np.ndarray  # uint8 (height, width, channels), scaled
+    size: tuple[int, int]  # width and height in pixels, before
     transparent: bool  # it was, somewhere
     coloured: bool  # it has other colours than greys
+
+
+def try_image(path: Path, **size) -> Picture | DataError:
+    """`read_image`, or why it cannot be read."""
+    try:
+        return read_image(path, **size)
+    except DataError as error:
+        return error
 
 
 def read_image(path: Path, channels: int, height: int, width: int) -> Picture:
     """An image file, scaled; of an animation the first frame. DataError if it cannot be read."""
     try:
+        if not path.is_file():
+            raise ValueError("it is no regular file")
         with Image.open(path) as picture:
+            swapped = picture.getexif().get(EXIF_ORIENTATION, 1) >= 5  # it lies on its side
+            size = picture.size[::-1] if swapped else picture.size
             picture.draft(None, (2 * width, 2 * height))  # a JPEG decodes faster at half its size
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):  # 16 bits a pixel, of which a viewer shows 8
@@ -267,9 +489,10 @@ def read_image(path: Path, channels: int, height: int, width: int) -> Picture:
             colours = np.asarray(shown)
             coloured = bool(np.ptp(colours.astype(np.int16), axis=2).max() > 8)
             pixels = np.array(shown.convert("L"))[..., None] if channels == 1 else colours.copy()
-            return Picture(pixels, transparent, coloured)
+            return Picture(pixels, size, transparent, coloured)
     except Exception as error:  # Pillow raises whatever the damage happens to provoke
-        raise DataError(f"{path} cannot be read ({error}): replace or delete it") from error
+        reason = "no image" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"{path} ({reason})") from error
 
 
 def as_shown(picture: Image.Image) -> tuple[Image.Image, bool]:
@@ -327,8 +550,8 @@ GLYPH_STROKES = (
 )
 
 
-def read_glyphs(split: str, root: Path, shape) -> tuple[Tensor, Tensor]:
-    """The embedded digits; `root` and `shape` are unused."""
+def read_glyphs(split: str, root: Path, shape, options) -> tuple[Tensor, Tensor]:
+    """The embedded digits, whatever the other arguments."""
     images, labels = glyphs(split)
     return images.clone(), labels.clone()
 
@@ -343,9 +566,10 @@ def glyphs(split: str) -> tuple[Tensor, Tensor]:
     count, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
     random = np.random.default_rng(seed)
     labels, images = np.arange(count) % 10, np.empty((count, 1, 28, 28), np.uint8)
-    for i, label in enumerate(labels):
-        ways = GLYPH_STROKES[label]
-        images[i, 0] = draw_glyph(ways[i // 10 % len(ways)], random)
+    with progress(labels, count, "drawing digits") as shown:
+        for i, label in enumerate(shown):
+            ways = GLYPH_STROKES[label]
+            images[i, 0] = draw_glyph(ways[i // 10 % len(ways)], random)
     order = random.permutation(count)
     return torch.tensor(images[order]), torch.tensor(labels[order])
 
@@ -385,7 +609,7 @@ def spline_matrix(points: int) -> np.ndarray:
 class Dataset:
     """How a data set is read and what it holds."""
 
-    read: Callable[[str, Path, tuple], tuple[Tensor, Tensor]]  # (split, root, image shape)
+    read: Callable[..., tuple[Tensor, Tensor]]  # (split, root, image shape, FolderOptions)
     shape: tuple[int, int, int]  # (C, H, W); a folder's images are scaled to it
     classes: int | None  # how many; None: as many as the folder has
     names: tuple[str, ...] = ()  # of the classes; empty: their numbers
@@ -416,5 +640,5 @@ DATASETS = {
     "glyphs": Dataset(
         read_glyphs, GREY, 10, counts={"train": 10_000, "test": 2_000}, embedded=True
     ),
-    "folder": Dataset(read_folder, GREY, None),
+    "folder": Dataset(read_folder, COLOURS, None),
 }

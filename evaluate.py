@@ -9,6 +9,7 @@ command in cebm.py that prints it.
 
 from __future__ import annotations
 
+import csv
 import io
 import textwrap
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import torch
 from click import ClickException as EvaluationError  # one message on stderr, exit status 1
 from torch import Tensor
 
-from data import normalise
+from data import as_pixels, normalise, progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,15 +30,20 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def in_batches(function, images: Tensor, device, size: int = 1000) -> Tensor:
-    """`function` of normalised images, `size` at a time: (N, ...) on `device`.
+def in_batches(function, images, device="cpu", size: int = 1000, label: str = "") -> Tensor:
+    """`function` of images, `size` at a time: (N, ...) on `device`.
 
-    EvaluationError if anything of it is not finite, since no score could be trusted.
+    `images` are those of `data.as_pixels`: uint8, or floats in [-1, 1], as arrays or tensors. A
+    `label` asks for a bar on a terminal. EvaluationError if anything is not finite, since no score
+    could be trusted.
     """
-    outputs = []
-    for part in images.split(size):
-        x = normalise(part.to(device))
-        outputs.append(function(x.contiguous(memory_format=torch.channels_last)))
+    device, images, outputs = torch.device(device), as_pixels(images), []
+    parts = images.split(size)
+    with progress(parts, len(parts), label) as shown:
+        for part in shown:
+            x = part.to(device)
+            x = normalise(x) if x.dtype == torch.uint8 else x
+            outputs.append(function(x.contiguous(memory_format=torch.channels_last)))
     values = torch.cat(outputs)
     wrong = (~values.reshape(len(values), -1).isfinite().all(1)).nonzero().flatten().tolist()
     if wrong:
@@ -57,42 +63,47 @@ def seeded(seed: int, device):
         yield
 
 
-def latents(
-    model, images: Tensor, device, with_std: bool, with_energy: bool
-) -> dict[str, np.ndarray]:
+def latents(model, images, device="cpu", with_std=True, with_energy=True) -> dict[str, np.ndarray]:
     """`mean` (N, D) from `represent`, and if asked for `energy` (N,) and the posterior's `std`.
 
-    Of a mixture `std` (N, D) is that of the whole posterior, while `mean` may be one component's. A
-    VAE's energy is drawn with a fixed seed.
+    `images` are NumPy arrays or tensors as `data.as_pixels` describes. Of a mixture `std` (N, D) is
+    that of the whole posterior, while `mean` may be one component's. A VAE's energy is drawn with a
+    fixed seed.
     """
     columns = {"mean": model.represent}
     if with_energy:
         columns["energy"] = model.energy
     if with_std:
         columns["std"] = lambda x: model.posterior(x).variance.sqrt()
+    device = torch.device(device)
     with seeded(0, device):
-        return {k: in_batches(f, images, device).cpu().numpy() for k, f in columns.items()}
+        return {
+            name: in_batches(f, images, device, label=name).cpu().numpy()
+            for name, f in columns.items()
+        }
 
 
 # 1-NN
 
 
-def nearest(train: Tensor, test: Tensor, floats: int = 2**24) -> Tensor:
+def nearest(train: Tensor, test: Tensor, floats: int = 2**24, label: str = "") -> Tensor:
     """Index (M,) of the training vector (N, D) nearest in L2 to each of (M, D).
 
     Ties go to the lower index. |a|^2 - 2ab + |b|^2 without the last term, which is the same for all
     a, in float64: exact for pixels, otherwise with an error of about 1e-15 |a|^2. At most `floats`
-    numbers are held at a time.
+    numbers are held at a time. A `label` asks for a bar on a terminal.
     """
     test = test.double()
     least = torch.full_like(test[:, 0], torch.inf)
     index = torch.zeros_like(least, dtype=torch.long)
     size = max(1, floats // max(test.shape))
-    for i, part in enumerate(train.split(size)):
-        a = part.double()
-        value, row = torch.addmm(a.square().sum(1), test, a.T, alpha=-2).min(1)
-        index = torch.where(value < least, row + i * size, index)
-        least = torch.minimum(least, value)
+    parts = train.split(size)
+    with progress(parts, len(parts), label) as shown:
+        for i, part in enumerate(shown):
+            a = part.double()
+            value, row = torch.addmm(a.square().sum(1), test, a.T, alpha=-2).min(1)
+            index = torch.where(value < least, row + i * size, index)
+            least = torch.minimum(least, value)
     return index
 
 
@@ -107,28 +118,33 @@ def whiten(train: Tensor, test: Tensor, damping: float = 0.03) -> tuple[Tensor, 
     return train.double() @ scale, test.double() @ scale
 
 
-def knn_row(
-    model, untrained, train, test, classes: int, device, whitened=False
-) -> dict[str, object]:
+def knn_row(model, untrained, train, test, classes: int, device) -> dict[str, object]:
     """Accuracy of exact 1-NN on `latent` vectors, on those of the `untrained` network, on pixels.
 
-    `train` and `test` are images and labels. `confusion`, K lists of K counts, is that of the
-    latents: rows are true and columns predicted classes.
+    Latents are taken as they are and `whitened`. `train` and `test` are images and labels.
+    `confusion`, K lists of K counts, is that of the latents as they are: rows are true and columns
+    predicted classes.
     """
     (images, labels), (test_images, test_labels) = train, test
     row = {}
-    for space, network in ("latent", model), ("untrained", untrained):
-        a, b = (in_batches(network.represent, x, device) for x in (images, test_images))
-        if whitened:
-            a, b = whiten(a, b)
-        predicted = labels[nearest(a, b).cpu()]
-        row[space] = percent_equal(predicted, test_labels)
-        if space == "latent":
+    for name, network in ("latent", model), ("untrained", untrained):
+        a, b = (
+            in_batches(network.represent, x, device, label=f"encoding, {name}")
+            for x in (images, test_images)
+        )
+        predicted = labels[nearest(a, b, label=f"1-NN, {name}").cpu()]
+        row[name] = percent_equal(predicted, test_labels)
+        if name == "latent":
             counts = torch.bincount(test_labels * classes + predicted, minlength=classes**2)
             row["confusion"] = counts.view(classes, classes).tolist()
+        whitened = nearest(*whiten(a, b), label=f"1-NN, {name}, whitened").cpu()
+        row[WHITENED[name]] = percent_equal(labels[whitened], test_labels)
     a, b = (x.flatten(1).to(device) for x in (images, test_images))
-    row["pixel"] = percent_equal(labels[nearest(a, b).cpu()], test_labels)
+    row["pixels"] = percent_equal(labels[nearest(a, b, label="1-NN, pixels").cpu()], test_labels)
     return row
+
+
+WHITENED = {"latent": "whitened", "untrained": "untrained whitened"}
 
 
 def accuracy(model, test, device) -> float:
@@ -164,22 +180,27 @@ def probe(train, train_y, test, test_y, classes: int, per_class: int | None, dra
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def probe_row(model, train, test, classes: int, device, scaled=False) -> dict[str, float]:
-    """`probe` with 1, 10, 100 (if there are as many) and all labels per class.
+def probe_row(model, train, test, classes: int, device) -> dict[str, float]:
+    """`probe` with 1, 10, 100 (if there are as many) and all labels per class, and so `scaled`.
 
-    `scaled` latents are centred and divided by one scale, so that their mean variance is 1; the
+    Scaled latents are centred and divided by one number, so that their mean variance is 1; the
     penalty would otherwise weigh more on small latents.
     """
-    a, b = (in_batches(model.represent, images, device).cpu() for images, _ in (train, test))
-    if scaled:
-        mean, scale = a.mean(0), a.var(0).mean().sqrt().clamp(min=1e-30)
-        a, b = (a - mean) / scale, (b - mean) / scale
-    row = {}
-    fewest = train[1].bincount().min()
-    for count in [n for n in (1, 10, 100) if n <= fewest] + [None]:
-        mean, std = probe(a, train[1], b, test[1], classes, count)
-        name = str(count or "all")
-        row[name], row[f"{name} std"] = round(mean, 2), round(std, 2)
+    a, b = (
+        in_batches(model.represent, images, device, label="encoding").cpu()
+        for images, _ in (train, test)
+    )
+    mean, scale = a.mean(0), a.var(0).mean().sqrt().clamp(min=1e-30)
+    kinds = {"": (a, b), " scaled": ((a - mean) / scale, (b - mean) / scale)}
+    fewest, row = train[1].bincount().min(), {}
+    fits = [(n, kind) for n in (1, 10, 100) if n <= fewest for kind in kinds]
+    fits += [(None, kind) for kind in kinds]
+    with progress(fits, len(fits), "fitting") as shown:
+        for count, kind in shown:
+            a, b = kinds[kind]
+            average, std = probe(a, train[1], b, test[1], classes, count)
+            name = f"{count or 'all'}{kind}"
+            row[name], row[f"{name} std"] = round(average, 2), round(std, 2)
     return row
 
 
@@ -196,7 +217,7 @@ def density_scores(model, images: Tensor, device) -> dict[str, Tensor]:
         return -torch.stack([energy.detach(), gradient.flatten(1).norm(dim=1)], 1)
 
     with seeded(0, device):
-        scores = in_batches(energy_and_slope, images, device, 500).cpu()
+        scores = in_batches(energy_and_slope, images, device, 500, "scoring").cpu()
     return dict(zip(("logp", "gradient"), scores.T, strict=True))
 
 
@@ -257,6 +278,34 @@ def table(rows: list[dict], markdown: bool = False) -> str:
         return "\n".join("| " + " | ".join(row) + " |" for row in cells)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def as_array(values) -> np.ndarray:
+    """A column as an array: words as they are, bytes of file names that are no letters escaped."""
+    if len(values) and isinstance(values[0], str):
+        values = [printable(value) for value in values]
+    return np.asarray(values)
+
+
+def csv_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """Arrays as the content of a .csv file, a row an image: `mean` (N, D) as mean_0, mean_1, ...
+
+    `labels` are numbers, and beside them the names that `classes` has for them.
+    """
+    arrays = dict(arrays)
+    if "classes" in arrays:
+        arrays["class"] = arrays.pop("classes")[arrays["labels"]]
+    columns = {}
+    for name in sorted(arrays, key=lambda name: arrays[name].ndim):  # vectors last
+        if arrays[name].ndim == 1:
+            columns[name] = arrays[name]
+        else:
+            columns |= {f"{name}_{d}": column for d, column in enumerate(arrays[name].T)}
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue().encode()
 
 
 def npz_bytes(arrays: dict[str, np.ndarray]) -> bytes:
@@ -394,3 +443,67 @@ def map_figure(points: np.ndarray, labels, names: list[str], title: str, method:
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
+
+
+PANELS = {  # of curves_figure: title -> columns of the log, with how each line is drawn
+    "energy": {"energy_data": "-", "energy_chains": "--"},
+    "loss": {"loss": "-"},
+    "gap of energies": {"gap": "-"},
+    "pixels of chains": {"pixel_min": "-", "pixel_max": "-"},
+    "learning rate": {"rate": "-"},
+    "1-NN, percent": {"knn": "-", "knn_untrained": ":", "knn_pixels": "--"},
+}
+CURVE_NAMES = {
+    "energy_data": "data",
+    "energy_chains": "chains",
+    "knn": "latent",
+    "knn_untrained": "untrained",
+    "knn_pixels": "pixels",
+}
+
+
+def curves_figure(runs: dict[str, dict[str, list[float]]]) -> Figure:
+    """Learning curves of runs over each other, a panel a kind; vertical lines are rollbacks.
+
+    A run is columns of its log (`update`, `rollbacks` and some of `PANELS`), NaN where it has no
+    value. The loss is shown where no run has energies.
+    """
+    has = {name for columns in runs.values() for name in columns}
+    panels = {title: lines for title, lines in PANELS.items() if has & set(lines)}
+    if "energy" in panels:
+        del panels["loss"]
+    figure = new_figure(12, 3 * -(-len(panels) // 2))
+    palette = [f"C{i % 10}" for i in range(len(runs))]
+    grid = list(figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (title, lines) in zip(grid, panels.items(), strict=False):
+        for colour, columns in zip(palette, runs.values(), strict=True):
+            draw_curves(axes, columns, lines, colour)
+        axes.set_title(title, fontsize=10)
+        if len(lines) > 1 and title != "pixels of chains":
+            axes.legend(
+                handles=[axes.plot([], [], how, color="grey")[0] for how in lines.values()],
+                labels=[CURVE_NAMES[name] for name in lines],
+                fontsize=8,
+            )
+    if len(runs) > 1:
+        handles = [axes.plot([], [], color=colour)[0] for colour in palette]
+        legend = figure.legend(handles, map(printable, runs), loc="outside lower center", ncols=2)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    else:
+        figure.suptitle(printable(next(iter(runs))), parse_math=False)
+    return figure
+
+
+def draw_curves(axes, columns: dict[str, list[float]], lines: dict[str, str], colour) -> None:
+    """Lines of one run in one panel, and where it was rolled back."""
+    update, rollbacks = np.asarray(columns["update"]), np.asarray(columns["rollbacks"])
+    for name, how in lines.items():
+        if name in columns:
+            value = np.asarray(columns[name])
+            shown = ~np.isnan(value)
+            axes.plot(update[shown], value[shown], how, color=colour, linewidth=1)
+    for place in update[np.diff(rollbacks, prepend=0) > 0]:
+        axes.axvline(place, color=colour, linestyle=":", linewidth=0.8)

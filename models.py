@@ -15,8 +15,11 @@ through, or None. `MODELS`, at the end, names all models and says what else each
 is a class here, a line there and a section in configs.yaml.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Literal
 
@@ -280,20 +283,26 @@ class ConjugatePrior(nn.Module):
 class GaussianPrior(ConjugatePrior):
     """K = 1: N(0, I). K > 1: Gaussians with learned means and standard deviations.
 
-    A component y is drawn uniformly; E_lam(z) = -log p_lam(z), with y summed out.
+    A component y is drawn uniformly; E_lam(z) = -log p_lam(z), with y summed out. First means have
+    the standard deviation `mean_std`, first standard deviations lie between the two of `std`.
     """
 
     family = Gaussian
 
-    def __init__(self, config):
+    def __init__(self, latent: int, components=1, mean_std=0.31, std=(1.0, 6.0)):
         super().__init__()
-        size = (config.components, config.latent)
-        if config.components == 1:
+        size = (components, latent)
+        if components == 1:
             self.register_buffer("location", torch.zeros(size))
             self.register_buffer("log_std", torch.zeros(size))
         else:
-            self.location = nn.Parameter(config.prior_mean_std * torch.randn(size))
-            self.log_std = nn.Parameter(torch.empty(size).uniform_(*sorted(config.prior_std)).log())
+            self.location = nn.Parameter(mean_std * torch.randn(size))
+            self.log_std = nn.Parameter(torch.empty(size).uniform_(*sorted(std)).log())
+
+    @classmethod
+    def of(cls, config) -> GaussianPrior:
+        """The one that a configuration's section `model` asks for."""
+        return cls(config.latent, config.components, config.prior_mean_std, config.prior_std)
 
     def lam(self) -> Tensor:
         precision = torch.exp(-2 * self.log_std)
@@ -318,9 +327,9 @@ class BernoulliPrior(ConjugatePrior):
 
     family = Bernoulli
 
-    def __init__(self, config):
+    def __init__(self, latent: int):
         super().__init__()
-        self.theta_z = nn.Parameter(torch.zeros(1, 1, config.latent))
+        self.theta_z = nn.Parameter(torch.zeros(1, 1, latent))
 
     def lam(self) -> Tensor:
         return self.theta_z
@@ -336,47 +345,81 @@ class BernoulliPrior(ConjugatePrior):
 # Energy-based models
 
 
-def contrastive(data: Tensor, chains: Tensor, config) -> tuple[Tensor, dict[str, Tensor]]:
+def contrastive(
+    data: Tensor, chains: Tensor, l2: float, l2_on: str
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Persistent contrastive divergence of energies (B,), with L2 on them (supplement C).
 
     mean E(data) - mean E(chains) + l2 * (mean E(data)^2 [+ mean E(chains)^2 if l2_on is "both"]).
     """
     magnitude = (data * data).mean()
-    if config.l2_on == "both":
+    if l2_on == "both":
         magnitude = magnitude + (chains * chains).mean()
     gap = data.mean() - chains.mean()
     metrics = {"energy_data": data.mean(), "energy_chains": chains.mean(), "gap": gap}
-    return gap + config.l2 * magnitude, metrics
+    return gap + l2 * magnitude, metrics
 
 
-def contrastive_loss(model, x: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def contrastive_loss(
+    model, x: Tensor, chains: Tensor, l2: float, l2_on: str
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`contrastive` of a model's energies of images and chains: scalar, metrics."""
     energies = model.energy(torch.cat([x, chains]))
-    return contrastive(energies[: len(x)], energies[len(x) :], model.config)
+    return contrastive(energies[: len(x)], energies[len(x) :], l2, l2_on)
 
 
 class Conjugate(nn.Module):
     """CEBM and GMM-CEBM: E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17), eta(z) = (z, z^2).
 
-    `model.head`: one hidden layer for both statistics ("shared", Table 5) or one each
-    ("separate").
+    `network` is any module that maps images (B, C, H, W) to a pair (t1, h), each (B, D), or to both
+    in one tensor (B, 2 D). `t2` says what the second statistic is of h. `prior` is N(0, I) with
+    `GaussianPrior(D)`, a mixture with `GaussianPrior(D, components)`. `represent` is "component" or
+    "mixture": whose mean is the latent vector. `l2`, `l2_on`: see `contrastive`.
+
+    Normalisation over the batch (nn.BatchNorm2d) in `network` would let the images of a batch
+    change each other's energies: keep such layers in evaluation mode, or use others.
     """
 
-    def __init__(self, config, image_shape, num_classes: int):
+    def __init__(
+        self,
+        network: nn.Module,
+        prior: GaussianPrior,
+        t2: Literal["square", "softplus"] = "square",
+        represent: Literal["component", "mixture"] = "component",
+        l2: float = 0.1,
+        l2_on: Literal["data", "both"] = "data",
+    ):
         super().__init__()
-        self.config = config
+        self.network, self.prior = network, prior
+        self.t2, self.likeliest = t2, represent == "component"
+        self.l2, self.l2_on = l2, l2_on
+
+    @classmethod
+    def of(cls, config, image_shape, num_classes: int) -> Conjugate:
+        """On the network of Table 5.
+
+        `config.head`: one hidden layer for both statistics ("shared", as in the table) or one each
+        ("separate"). `config.t1_scale`: what t1 is multiplied by before training. From small values
+        the energy's quadratic term grows fastest where it is largest already, so that few
+        directions of z come to hold most of the variance of the latents.
+        """
         outputs = [2 * config.latent] if config.head == "shared" else [config.latent] * 2
         heads = [(config.hidden, size) for size in outputs]
-        self.network = Network(config, image_shape, heads, nn.SiLU)
-        self.prior = GaussianPrior(config)
+        network = Network(config, image_shape, heads, nn.SiLU)
+        with torch.no_grad():
+            for parameter in network.heads[0][-1].parameters():
+                parameter[: config.latent] *= config.t1_scale
+        prior = GaussianPrior.of(config)
+        return cls(network, prior, config.t2, config.represent, config.l2, config.l2_on)
 
     def t(self, x: Tensor) -> Tensor:
         """Statistics of images: (B, C, H, W) -> (B, 2, D).
 
         t_2 <= 0, so that posteriors exist: -h^2 or -softplus(h) of the network's raw output h.
         """
-        t1, h = self.network(x).chunk(2, dim=1)
-        t2 = -h * h if self.config.t2 == "square" else -F.softplus(h)
+        outputs = self.network(x)
+        t1, h = outputs.chunk(2, dim=1) if isinstance(outputs, Tensor) else outputs
+        t2 = -h * h if self.t2 == "square" else -F.softplus(h)
         return torch.stack([t1, t2], 1)
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
@@ -396,11 +439,11 @@ class Conjugate(nn.Module):
 
     def represent(self, x: Tensor) -> Tensor:
         """The posterior's mean, or that of its likeliest component: (B, C, H, W) -> (B, D)."""
-        return self.prior.mean(self.t(x), self.config.represent == "component")
+        return self.prior.mean(self.t(x), self.likeliest)
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Persistent contrastive divergence on E(x)."""
-        return contrastive_loss(self, x, chains)
+        """Persistent contrastive divergence on E(x); labels y are unused and may be None."""
+        return contrastive_loss(self, x, chains, self.l2, self.l2_on)
 
 
 class LinearStatistics(nn.Module):
@@ -451,7 +494,7 @@ class Harmonium(nn.Module):
         super().__init__()
         self.config = config
         self.network = LinearStatistics(config, image_shape, self.binary)
-        self.prior = BernoulliPrior(config)
+        self.prior = BernoulliPrior(config.latent)
 
     def joint_energy(self, x: Tensor, z: Tensor) -> Tensor:
         """E(x, z): (B, C, H, W), (B, D) -> (B,), B broadcast."""
@@ -480,7 +523,7 @@ class Harmonium(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Persistent contrastive divergence on E(x)."""
-        return contrastive_loss(self, x, chains)
+        return contrastive_loss(self, x, chains, self.config.l2, self.config.l2_on)
 
 
 class RBM(Harmonium):
@@ -513,7 +556,7 @@ class IGEBM(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Persistent contrastive divergence on E(x)."""
-        return contrastive_loss(self, x, chains)
+        return contrastive_loss(self, x, chains, self.config.l2, self.config.l2_on)
 
 
 class JEM(IGEBM):
@@ -535,7 +578,9 @@ class JEM(IGEBM):
         """Cross-entropy of p(y | x) + persistent contrastive divergence on E(x)."""
         logits = self.f(torch.cat([x, chains]))
         energies = -logits.logsumexp(1)
-        generative, metrics = contrastive(energies[: len(x)], energies[len(x) :], self.config)
+        generative, metrics = contrastive(
+            energies[: len(x)], energies[len(x) :], self.config.l2, self.config.l2_on
+        )
         cross_entropy, metrics["accuracy"] = self.classification(logits[: len(x)], y)
         return cross_entropy + generative, metrics
 
@@ -565,7 +610,7 @@ class VAE(nn.Module):
 
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
-        self.config, self.prior = config, GaussianPrior(config)
+        self.config, self.prior = config, GaussianPrior.of(config)
         self.encoder = Network(config, image_shape, [(config.hidden, 2 * config.latent)], nn.ReLU)
         side, width = image_shape[1] // 8, config.channels[-1]
         self.decoder = nn.Sequential(
@@ -651,7 +696,7 @@ class Game(nn.Module):
 
     def __init__(self, config, image_shape, num_classes: int):
         super().__init__()
-        self.config, self.prior = config, GaussianPrior(config)
+        self.config, self.prior = config, GaussianPrior.of(config)
         self.discriminator = Discriminator(config, image_shape, config.latent * self.pairs)
         self.generator = nn.Sequential(
             nn.Unflatten(1, (config.latent, 1, 1)),
@@ -750,9 +795,9 @@ class BiGAN(Game):
 
 @dataclass(frozen=True)
 class ModelKind:
-    """A model's class and what it can do, beside `represent` and `loss`.
+    """How a model is built and what it can do, beside `represent` and `loss`.
 
-    The class is built from (config, image_shape, num_classes). It has to have
+    `build` takes (config, image_shape, num_classes). The model has to have
 
     - `energy(x) -> (B,)` if `density`, and in any case if `chains` are Langevin dynamics on it,
     - `gibbs_sweep(x, generator) -> x` if `chains` are block Gibbs,
@@ -762,7 +807,7 @@ class ModelKind:
     - `latent_energy(z) -> (B,)` if `latent_energy`, and `classify(x) -> (B,)` if `labels`.
     """
 
-    build: type[nn.Module]
+    build: Callable[..., nn.Module]
     chains: Literal["langevin", "gibbs"] | None  # how chains move in training: a key of SAMPLERS
     density: bool  # E(x), or a bound on it
     posterior: bool  # p(z | x), or an encoder's q(z | x)
@@ -770,22 +815,52 @@ class ModelKind:
     latent_energy: bool = False  # E(z), by which latents can be refined before they are decoded
     labels: bool = False  # learns from them
     sides: tuple[int, ...] | None = None  # sizes of images, square; None: any of at least 8 x 8
+    keys: frozenset[str] = frozenset()  # of `config` that it uses, beside its widths and `latent`
 
 
 DECODED_SIDES = tuple(DECODER)
-CONJUGATE = ModelKind(Conjugate, "langevin", density=True, posterior=True)
-AUTOENCODER = ModelKind(VAE, None, density=True, posterior=True, decoder=True, sides=DECODED_SIDES)
-ENCODED_GAME = ModelKind(
-    BiGAN, None, density=False, posterior=True, decoder=True, sides=DECODED_SIDES
+MIXTURE = frozenset(("components", "prior_mean_std", "prior_std"))
+CONTRAST = frozenset(("l2", "l2_on"))
+CONJUGATE = ModelKind(
+    Conjugate.of,
+    "langevin",
+    density=True,
+    posterior=True,
+    keys=CONTRAST | {"head", "t2", "t1_scale"},
 )
+AUTOENCODER = ModelKind(
+    VAE,
+    None,
+    density=True,
+    posterior=True,
+    decoder=True,
+    sides=DECODED_SIDES,
+    keys=frozenset({"likelihood"}),
+)
+ENCODED_GAME = ModelKind(
+    BiGAN,
+    None,
+    density=False,
+    posterior=True,
+    decoder=True,
+    sides=DECODED_SIDES,
+    keys=frozenset({"gradient_penalty", "standardise"}),
+)
+
+
+def with_mixture(kind: ModelKind, *keys: str) -> ModelKind:
+    """`kind` with a prior of several components, and further `keys`."""
+    return replace(kind, keys=kind.keys | MIXTURE | set(keys))
+
+
 MODELS = {
     "cebm": CONJUGATE,
-    "gmm-cebm": CONJUGATE,
-    "igebm": ModelKind(IGEBM, "langevin", density=True, posterior=False),
+    "gmm-cebm": with_mixture(CONJUGATE, "represent"),
+    "igebm": ModelKind(IGEBM, "langevin", density=True, posterior=False, keys=CONTRAST),
     "vae": AUTOENCODER,
-    "gmm-vae": AUTOENCODER,
+    "gmm-vae": with_mixture(AUTOENCODER),
     "bigan": ENCODED_GAME,
-    "gmm-bigan": ENCODED_GAME,
+    "gmm-bigan": with_mixture(ENCODED_GAME),
     "gan": ModelKind(
         GAN,
         None,
@@ -794,11 +869,14 @@ MODELS = {
         decoder=True,
         latent_energy=True,
         sides=DECODED_SIDES,
+        keys=frozenset({"gradient_penalty"}),
     ),
-    "jem": ModelKind(JEM, "langevin", density=True, posterior=False, labels=True),
+    "jem": ModelKind(JEM, "langevin", density=True, posterior=False, labels=True, keys=CONTRAST),
     "hdge": ModelKind(HDGE, None, density=True, posterior=False, labels=True),
-    "rbm": ModelKind(RBM, "gibbs", density=True, posterior=True),
-    "efh": ModelKind(Harmonium, "gibbs", density=True, posterior=True),
+    "rbm": ModelKind(RBM, "gibbs", density=True, posterior=True, keys=CONTRAST),
+    "efh": ModelKind(
+        Harmonium, "gibbs", density=True, posterior=True, keys=CONTRAST | {"visible_std"}
+    ),
 }
 
 

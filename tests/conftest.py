@@ -35,7 +35,7 @@ def small(tmp_path_factory):
         (folder / "train" / str(label)).mkdir(parents=True)
         for i, image in enumerate(images):
             Image.fromarray(image).save(folder / "train" / str(label) / f"{i}.png")
-    return "train", *tiny("data.name=folder", "classes=2"), "--data-dir", folder
+    return "train", *tiny("data.name=folder", "image=[1, 28, 28]"), "--data-dir", folder
 
 
 @pytest.fixture(scope="module")

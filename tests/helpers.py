@@ -43,6 +43,13 @@ def tiny(*extra):
     return [part for setting in [*TINY, *extra] for part in ("--set", setting)]
 
 
+def options_for(preset, settings):
+    """--set options, without those that the model of a preset has no use for."""
+    usable = cebm.keys_in_use(models.MODELS[cebm.compose(preset).model.name])
+    chosen = [setting for setting in settings if cebm.parse_setting(setting)[0] in usable]
+    return [part for setting in chosen for part in ("--set", setting)]
+
+
 def run(*arguments):
     """A command in this process: exit status, stdout and stderr; never a traceback."""
     result = CliRunner().invoke(cebm.main, [str(a) for a in arguments])
@@ -96,13 +103,15 @@ def same(a, b, where):
 def tiny_data(monkeypatch):
     """Random images of any data set's shape, 40 to train and 20 to test on."""
 
-    def images(name, split, data_dir="data", image_shape=(1, 28, 28), extra=False):
+    def images(name, split, data_dir="data", image_shape=(1, 28, 28), extra=False, options=None):
         count = {"train": 40, "test": 20}[split]
         generator = torch.Generator().manual_seed(count)
         pixels = torch.randint(0, 256, (count, *image_shape), generator=generator)
         return pixels.byte(), torch.arange(count) % 10
 
+    folder = data.Folder(Path(), "DIR/CLASS", {str(label): [] for label in range(10)}, None)
     monkeypatch.setattr(data, "load", images)
+    monkeypatch.setattr(data, "find_folder", lambda root, split_seed=0: folder)
 
 
 def poison_once(monkeypatch, call, where="loss", stop=None):

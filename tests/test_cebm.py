@@ -21,6 +21,7 @@ from helpers import (
     TINY,
     assert_chains_are_the_last_batch,
     assert_same_run,
+    options_for,
     poison_once,
     rows,
     run,
@@ -526,11 +527,8 @@ def test_runs_with_random_losses_priors_restarts_or_gibbs_chains_resume_bit_for_
     preset, tmp_path, monkeypatch
 ):
     tiny_data(monkeypatch)
-    arguments = [
-        "--preset",
-        preset,
-        *tiny("hidden=8", "updates=8", "warmup=0", "pictures=2", "decay=none", "reuse=0.5"),
-    ]
+    changes = ["hidden=8", "updates=8", "warmup=0", "pictures=2", "decay=none", "reuse=0.5"]
+    arguments = ["--preset", preset, *options_for(preset, [*TINY, *changes])]
     run("train", *arguments, "--out", tmp_path / "whole")
     for updates in ("updates=3", "updates=8"):
         result = run("train", *arguments, "--set", updates, "--out", tmp_path / "parts")
@@ -558,7 +556,74 @@ def test_another_name_of_the_model_or_the_data_brings_its_recipe():
         other = f"{name}-{preset.split('-')[1]}"
         assert cebm.compose(preset, [f"model.name={name}"]) == cebm.compose(other)
     assert cebm.compose("cebm-cifar10", ["data.name=svhn"]) == cebm.compose("cebm-svhn")
-    assert cebm.compose("cebm-mnist", ["model.name=vae", "l2=1"]).model.l2 == 1
+    own = ["model.name=vae", "likelihood=continuous_bernoulli"]
+    assert cebm.compose("cebm-mnist", own).model.likelihood == "continuous_bernoulli"
+
+
+@pytest.mark.parametrize(
+    ("preset", "setting", "has"),
+    [
+        ("vae-mnist", "l2=5", "model.likelihood"),
+        ("igebm-mnist", "components=7", "model.l2"),
+        ("cebm-mnist", "components=2", "model.head"),  # it would be a GMM-CEBM
+        ("gan-mnist", "standardise=true", "model.gradient_penalty"),
+        ("gan-mnist", "bound=1", "chains.step_size"),
+        ("vae-mnist", "reuse=0.5", "no key"),
+        ("rbm-mnist", "step_size=1", "chains.reuse"),
+        ("hdge-mnist", "l2=1", "model.latent"),
+        ("cebm-fmnist", "extra=true", "data.image"),
+    ],
+)
+def test_a_key_that_a_model_has_no_use_for_is_refused_with_those_it_has(preset, setting, has):
+    with pytest.raises(cebm.click.UsageError) as refusal:
+        cebm.compose(preset, [setting])
+    key = cebm.parse_setting(setting)[0]
+    assert f"has no use for {key}. " in refusal.value.message
+    assert has in refusal.value.message
+
+
+def test_widths_and_lengths_that_scripts_set_for_all_models_are_passed_over_with_a_warning(capsys):
+    cebm.compose("gan-mnist", ["steps=3", "channels=[4, 4, 4, 4]"])
+    assert capsys.readouterr().err == "Warning: gan has no use for chains.steps\n"
+
+
+def test_the_keys_of_a_model_are_the_ones_that_change_its_loss():
+    """Each key of `model` that a kind says it uses is read while it is built or scored."""
+
+    class Spy:
+        def __init__(self, config):
+            self.config, self.read = config, set()
+
+        def __getattr__(self, key):
+            self.read.add(key)
+            return getattr(self.config, key)
+
+    x = torch.zeros(4, 1, 28, 28)
+    for name, kind in models.MODELS.items():
+        spy = Spy(cebm.compose(f"{name}-mnist", ["channels=[4, 4, 4, 4]"]).model)
+        model = models.build(spy, (1, 28, 28), 10)
+        model.loss(x, torch.arange(4), x)
+        model.represent(x)
+        assert kind.keys <= spy.read, name
+
+
+def test_a_mixture_has_several_components():
+    config = cebm.compose("gmm-cebm-mnist", ["components=1"])
+    with pytest.raises(cebm.click.UsageError, match="gmm-cebm has at least 2"):
+        cebm.check(config)
+
+
+def test_streams_of_random_numbers_are_of_their_own():
+    seeds = [
+        cebm.stream_seed("training", seed, rank, rollbacks)
+        for seed in range(6)
+        for rank in range(4)
+        for rollbacks in range(6)
+    ]
+    seeds += [cebm.stream_seed("order", seed, epoch) for seed in range(6) for epoch in range(50)]
+    others = set(cebm.STREAMS) - {"training", "order"}
+    seeds += [cebm.stream_seed(purpose, seed) for purpose in others for seed in range(6)]
+    assert len(set(seeds)) == len(seeds)
 
 
 @settings(max_examples=300, deadline=None)
@@ -847,8 +912,12 @@ def recipes(tmp_path, monkeypatch):
         ("      latent: 128", "      latent: many", "model.latent = 'many': it has to be a whole"),
         ("      t2: square", "      t2: cube", "model.t2 = 'cube': it has to be one of square"),
         ("gibbs: {data.noise_std", "gibbs: {data.noise", "unknown key data.noise; did you mean"),
-        ("mnist: {trunk: small}", "mnist: {trunk: smal}", "trunk smal is not in trunks; did you"),
-        ("vae: {recipe: elbo", "vae: {recipe: elbow", "recipe elbow is not in recipes; did you"),
+        ("MNIST, trunk: small}", "MNIST, trunk: smal}", "trunk smal is not in trunks; did you"),
+        (
+            "autoencoder, recipe: elbo",
+            "autoencoder, recipe: elbow",
+            "recipe elbow is not in recipes; did you",
+        ),
         (
             "    model: cebm\n",
             "    model: cebn\n",
@@ -907,6 +976,7 @@ def test_the_presets_are_the_papers_models_and_their_variants():
     names = cebm.read_recipes()["presets"]
     seven = ("cebm", "gmm-cebm", "igebm", "vae", "gmm-vae", "bigan", "gmm-bigan")
     four = {f"{m}-{d}" for m in seven for d in ("mnist", "fmnist", "cifar10", "svhn")}
+    folder = {f"{m}-folder" for m in seven}
     two = {f"{m}-{d}" for m in ("gan", "jem", "hdge", "rbm", "efh") for d in ("mnist", "fmnist")}
     assert len(four | two) == 38
     fast = {
@@ -914,8 +984,8 @@ def test_the_presets_are_the_papers_models_and_their_variants():
     }
     gpu = {f"{m}-gpu" for m in ("cebm-mnist", "gmm-cebm-mnist", "cebm-cifar10", "igebm-cifar10")}
     r1 = {f"{m}-{d}-r1" for m in ("gan", "bigan", "gmm-bigan") for d in ("mnist", "fmnist")}
-    others = {"quickstart", "cebm-folder", "cebm-fmnist-literal"}
-    assert set(names) == four | two | fast | gpu | r1 | others
+    others = {"quickstart", "cebm-fmnist-literal"}
+    assert set(names) == folder | four | two | fast | gpu | r1 | others
 
 
 def test_fast_and_gpu_presets_share_what_they_do_not_set():

@@ -1,7 +1,11 @@
 """The commands as a user types them, on the embedded set; bad input; crashes and resumption."""
 
+import contextlib
 import json
+import os
 import random
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -20,6 +24,7 @@ from helpers import (
     assert_chains_are_the_last_batch,
     assert_same_run,
     launch,
+    options_for,
     read_sheet,
     rows,
     run,
@@ -210,7 +215,7 @@ def test_a_run_in_bfloat16_says_where_it_is_only_emulated_and_what_to_do(tmp_pat
 
 def test_a_branch_with_no_update_left_is_refused(tmp_path):
     run("train", *tiny("decay=none", "updates=4"), "--out", tmp_path / "old")
-    command = ("train", *tiny("decay=none", "updates=4", "represent=mixture"))
+    command = ("train", *tiny("decay=none", "updates=4", "l2=0.2"))
     source = ("--init-from", tmp_path / "old/ckpt.pt")
     result = run(*command, *source, "--out", tmp_path / "new")
     assert result.exit_code == 1
@@ -292,6 +297,39 @@ def test_a_branch_needs_a_run_and_not_only_a_model(tmp_path):
     assert "none.pt' does not exist" in absent.stderr
 
 
+FORMAT_7 = ROOT / "tests" / "format-7.pt"  # a run of 12 updates, as version 195c621 wrote it
+
+
+def test_a_run_of_an_earlier_format_is_evaluated_and_begun_anew_from(tmp_path):
+    shutil.copy(FORMAT_7, tmp_path / "ckpt.pt")
+    old = cebm.load_checkpoint(FORMAT_7)
+    assert (old["format"], old["updates"]) == (7, 12)
+    assert run("export", FORMAT_7, "--out", tmp_path / "latents.npz").exit_code == 0
+    settings = [f"{k}={cebm.plain(v)}" for k, v in cebm.flatten(old["config"]).items()]
+    known = cebm.keys_in_use(models.MODELS["cebm"])
+    command = [part for s in settings if s.split("=")[0] in known for part in ("--set", s)]
+    refused = run("train", *command, "--out", tmp_path)
+    assert refused.exit_code == 1
+    assert "earlier version, whose random numbers were others" in refused.stderr
+    assert f"--init-from {tmp_path}/ckpt.pt" in refused.stderr
+    assert (tmp_path / "ckpt.pt").read_bytes() == FORMAT_7.read_bytes()
+    longer = (*command, "--set", "updates=14", "--init-from", FORMAT_7)
+    result = run("train", *longer, "--out", tmp_path / "new")
+    assert result.exit_code == 0, result.stderr
+    assert "resuming after update 12" in result.stdout
+    assert cebm.load_checkpoint(tmp_path / "new/ckpt.pt")["format"] == cebm.FORMAT
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 0.8, 1.6])
+def test_ctrl_c_at_any_moment_leaves_no_traceback(trained, seconds):
+    process = launch("knn", trained / "ckpt.pt")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130), err
+    assert err in ("", "interrupted\n")
+
+
 def test_a_run_whose_rate_falls_to_its_end_is_not_made_longer(tmp_path):
     assert run("train", *tiny("updates=2"), "--out", tmp_path).exit_code == 0
     longer = run("train", *tiny("updates=3"), "--out", tmp_path)
@@ -326,7 +364,8 @@ def test_drafts_that_a_killed_run_left_are_removed_and_other_files_are_not(tmp_p
         (tmp_path / name).write_text("old")
     assert run("train", *tiny("updates=1", "pictures=0"), "--out", tmp_path).exit_code == 0
     left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == {".lock", "ckpt.pt", "config.yaml", "log.csv", "notes.draft", "ckpt.pt.part"}
+    own = {".lock", "ckpt.pt", "config.yaml", "curves.png", "log.csv"}
+    assert left == own | {"notes.draft", "ckpt.pt.part"}
 
 
 def test_signals_are_the_callers_again_after_training(tmp_path):
@@ -350,19 +389,44 @@ def test_a_closed_terminal_or_a_scheduler_ends_a_run_as_ctrl_c_does(tmp_path, mo
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 7
 
 
-def test_a_second_ctrl_c_ends_a_long_update_at_once_and_keeps_the_last_checkpoint(small, tmp_path):
+def wait_for_line(process, words):
+    """Reads stdout up to a line that has these words."""
+    while words not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+
+
+def test_ctrl_c_ends_long_chains_at_once_and_loses_no_update(small, tmp_path):
     command = (*small, "--set", "decay=none", "--out", tmp_path)
+    assert run(*command, "--set", "updates=4").exit_code == 0
+    source = ("--init-from", tmp_path / "ckpt.pt", "--out", tmp_path / "long")
+    process = launch(*command, "--set", "steps=100000", *source)  # hours an update
+    wait_for_line(process, "updates of")
+    time.sleep(1)  # into the chains
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "saving after this update" in err
+    assert "the same command resumes" in out
+    one, two = (cebm.load_checkpoint(tmp_path / f / "ckpt.pt") for f in (".", "long"))
+    for part in ("model", "buffer", "generators", "updates"):
+        same(one[part], two[part], part)
+
+
+def test_a_second_ctrl_c_ends_a_long_update_at_once_and_keeps_the_last_checkpoint(small, tmp_path):
+    images = [*small[-2:], "--set", "data.name=folder", "--set", "image=[1, 28, 28]"]
+    settings = ["batch=16", "buffer=64", "pictures=0", "data.noise_std=0"]
+    settings = [part for setting in settings for part in ("--set", setting)]
+    command = ("train", "--preset", "rbm-mnist", *settings, *images, "--out", tmp_path)
     assert run(*command, "--set", "updates=4").exit_code == 0
     before = (tmp_path / "ckpt.pt").read_bytes()
     source = ("--init-from", tmp_path / "ckpt.pt", "--out", tmp_path / "long")
-    process = launch(*command, "--set", "steps=100000", *source)  # hours an update
-    while "every" not in process.stdout.readline():
-        pass
+    process = launch(*command, "--set", "steps=100000", *source)  # sweeps, which are not cut short
+    wait_for_line(process, "updates of")
     process.send_signal(signal.SIGINT)
     assert "saving after this update" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 1
-    assert process.stderr.read().strip() == "Aborted!"
+    assert "ended without saving" in process.stderr.read()
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert cebm.load_checkpoint(tmp_path / "long/ckpt.pt")["updates"] == 4
 
@@ -506,7 +570,7 @@ def test_a_picture_is_of_the_kind_that_its_name_says(trained, tmp_path, ending, 
     [
         (["sample", "--out", "a.gif"], "its name has to end in .png or .jpg or .pdf or .svg"),
         (["knn", "--plot", "a"], "its name has to end in .png"),
-        (["export", "--out", "l.csv"], "its name has to end in .npz"),
+        (["export", "--out", "l.txt"], "its name has to end in .npz or .csv"),
         (["export", "--map", "m.npz"], "its name has to end in .png"),
     ],
 )
@@ -613,15 +677,17 @@ def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained,
         "data",
         "updates",
         "latent",
+        "whitened",
         "untrained",
-        "pixel",
+        "untrained whitened",
+        "pixels",
         "confusion",
     }
     counts = torch.tensor(first["confusion"])
     assert counts.sum() == 2000
     assert counts.sum(1).tolist() == [200] * 10
     assert first["latent"] == pytest.approx(counts.diag().sum().item() / 20, abs=0.01)
-    assert first["pixel"] > 50
+    assert first["pixels"] > 50
     model, config, _ = cebm.load_model(checkpoint)
     train, test = (data.load("glyphs", split) for split in ("train", "test"))
     for space, network in ("latent", model), ("untrained", cebm.new_model(config, "cpu").eval()):
@@ -631,6 +697,9 @@ def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained,
         )
         right = train[1][::20][evaluate.nearest(a, b)] == test[1]
         assert first[space] == round(100 * right.double().mean().item(), 2)
+        right = train[1][::20][evaluate.nearest(*evaluate.whiten(a, b))] == test[1]
+        column = {"latent": "whitened", "untrained": "untrained whitened"}[space]
+        assert first[column] == round(100 * right.double().mean().item(), 2)
     assert first["latent"] != first["untrained"]
     text = run("knn", checkpoint, "--limit", 500, "--plot", tmp_path / "plot.png").stdout
     assert f"{first['latent']:.2f}" in text
@@ -638,9 +707,6 @@ def test_knn_reports_the_three_spaces_as_text_json_markdown_and_picture(trained,
     table = run("knn", checkpoint, "--limit", 500, "--markdown").stdout.splitlines()
     assert table[0].startswith("| checkpoint | model | data | updates | latent |")
     assert len(table) == 3
-    white = json.loads(run("knn", checkpoint, "--json", "--limit", 500, "--whiten").stdout)[0]
-    assert white["pixel"] == first["pixel"]
-    assert white["latent"] != first["latent"]
 
 
 def test_export_holds_what_the_model_says_of_each_image(trained, tmp_path):
@@ -657,6 +723,7 @@ def test_export_holds_what_the_model_says_of_each_image(trained, tmp_path):
             "std": (2000, 4),
             "energy": (2000,),
             "labels": (2000,),
+            "classes": (10,),
         }
         np.testing.assert_allclose(arrays["mean"][:50], mean, atol=1e-5)
         np.testing.assert_allclose(arrays["std"][:50], precision.rsqrt(), atol=1e-5)
@@ -677,7 +744,7 @@ def test_probe_and_ood_print_a_row_a_checkpoint(trained, monkeypatch):
     first, second = json.loads(run("probe", checkpoint, checkpoint, "--json").stdout)
     assert first == second
     assert list(first)[:4] == ["checkpoint", "model", "data", "updates"]
-    assert list(first)[4:] == ["1", "1 std", "10", "10 std", "100", "100 std", "all", "all std"]
+    assert list(first)[4:8] == ["1", "1 std", "1 scaled", "1 scaled std"]
     assert first["1"] < first["100"] < first["all"] <= 100
     assert first["1 std"] > 0 == first["all std"]
     row = json.loads(run("ood", checkpoint, "--against", "glyphs", "--json").stdout)[0]
@@ -704,12 +771,12 @@ def test_probe_can_be_free_of_the_scale_of_the_latents(trained, tmp_path):
     for name in ("weight", "bias"):  # t_1 and with it the posterior mean, a power of two smaller
         weights[last + name][:latent] /= 1024
     torch.save(state, tmp_path / "small.pt")
-    for options, equal in (((), False), (("--scale",), True)):
-        result = run("probe", trained / "ckpt.pt", tmp_path / "small.pt", "--json", *options)
-        first, second = (
-            {k: v for k, v in row.items() if k != "checkpoint"} for row in json.loads(result.stdout)
-        )
-        assert (first == second) == equal
+    result = run("probe", trained / "ckpt.pt", tmp_path / "small.pt", "--json")
+    first, second = json.loads(result.stdout)
+    counts = [key for key in first if key.removesuffix(" scaled") in ("1", "10", "100", "all")]
+    assert len(counts) == 8
+    for key in counts:
+        assert (first[key] == second[key]) == key.endswith(" scaled"), key
 
 
 def test_weights_that_have_diverged_score_nothing(trained, tmp_path):
@@ -748,14 +815,14 @@ NARROW = ["channels=[4, 4, 4, 4]", "hidden=8", "latent=8", "batch=8", "buffer=16
 NARROW += ["final_steps=0", "decay=none", "precision=float32", "compile=false", "pictures=1"]
 
 
-def narrow(*extra):
-    return [part for setting in [*NARROW, *extra] for part in ("--set", setting)]
+def narrow(preset, *extra):
+    return ["--preset", preset, *options_for(preset, [*NARROW, *extra])]
 
 
 @pytest.mark.parametrize("preset", sorted(cebm.read_recipes()["presets"]))
 def test_every_preset_trains_and_is_evaluated(preset, tmp_path, monkeypatch):
     tiny_data(monkeypatch)
-    command = ("train", "--preset", preset, *narrow("updates=1"), "--out", tmp_path)
+    command = ("train", *narrow(preset, "updates=1"), "--out", tmp_path)
     result = run(*command)
     assert result.exit_code == 0, result.stderr
     state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
@@ -770,7 +837,7 @@ def test_every_model_resumes_is_sampled_and_exported(name, tmp_path, monkeypatch
     tiny_data(monkeypatch)
     kind, checkpoint, drawn = models.MODELS[name], tmp_path / "ckpt.pt", tmp_path / "drawn.png"
     for updates in (1, 2):
-        command = ("train", "--preset", f"{name}-mnist", *narrow(f"updates={updates}"))
+        command = ("train", *narrow(f"{name}-mnist", f"updates={updates}"))
         result = run(*command, "--out", tmp_path)
         assert result.exit_code == 0, result.stderr
     assert "resuming after update 1" in result.stdout
@@ -829,7 +896,7 @@ def test_an_option_of_sample_that_would_be_passed_over_is_refused(
     name, options, says, tmp_path, monkeypatch
 ):
     tiny_data(monkeypatch)
-    command = ("train", "--preset", f"{name}-mnist", *narrow("updates=1"), "--out", tmp_path)
+    command = ("train", *narrow(f"{name}-mnist", "updates=1"), "--out", tmp_path)
     assert run(*command).exit_code == 0
     result = run("sample", tmp_path / "ckpt.pt", *options, "--out", tmp_path / "a.png")
     assert result.exit_code == 2
@@ -838,16 +905,38 @@ def test_an_option_of_sample_that_would_be_passed_over_is_refused(
 
 
 def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
-    listed = [line.split()[0] for line in run("show").stdout.splitlines()]
-    assert listed == list(cebm.read_recipes()["presets"])
-    for name in listed:
-        printed = yaml.safe_load(run("show", name).stdout)
-        assert cebm.parse_config(printed) == cebm.compose(name)
+    book = cebm.read_recipes()
+    lines = [line for line in run("show").stdout.splitlines()[1:] if line.startswith("  ")]
+    assert {line.split()[0] for line in lines} == set(book["presets"])
+    assert max(map(len, run("show").stdout.splitlines())) <= 120
+    groups = run("show").stdout.split("\n\n")
+    assert [group.split(":")[0] for group in groups[1:-1]] == list(book["models"])
+    for name in book["presets"]:
+        text = run("show", name).stdout
+        assert cebm.parse_config(yaml.safe_load(text)) == cebm.compose(name)
+    for key in cebm.all_keys().values():
+        assert f"# {key.meaning}" in text
     facts = yaml.safe_load(run("show", trained / "ckpt.pt").stdout)
     assert (facts["preset"], facts["updates"], facts["seed"]) == ("quickstart", 24, 0)
     assert facts["torch"] == str(torch.__version__)
     weights = cebm.load_model(trained / "ckpt.pt")[0].state_dict().values()
     assert facts["numbers in the model"] == sum(value.numel() for value in weights)
+
+
+def test_show_compares_two_presets_or_checkpoints(trained):
+    lines = run("show", "cebm-fmnist", "cebm-fmnist-literal").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "data.noise_std",
+        "chains.step_size",
+        "chains.noise_std",
+    ]
+    assert lines[2].split()[1:3] == ["1.0", "0.0375"]
+    assert "what a step multiplies the gradient by" in lines[2]
+    text = run("show", "quickstart", trained / "ckpt.pt").stdout
+    assert "train.updates" in text
+    assert run("show", "quickstart", "quickstart").stdout == "no difference\n"
+    assert run("show", "quickstart", "no").exit_code == 2
+    assert run("show", "quickstart", "vae-mnist", "igebm-mnist").exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -864,9 +953,9 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
         (["--set", "rate=" + 5000 * "9"], "is not a YAML value"),
         (["--set", "rate=0x" + 5000 * "f"], "train.rate = a number of thousands of digits: it"),
         (["--set", "rate=" + ":".join(3000 * ["59"])], "train.rate = a number of thousands"),
-        (["--device", "privateuseone"], "--device privateuseone: "),
-        (["--device", "hpu"], "--device hpu: "),
-        (["--device", "meta"], "--device meta: "),
+        (["--device", "privateuseone"], "--device privateuseone; there are: auto, cpu, cuda"),
+        (["--device", "hpu"], "--device hpu; "),
+        (["--device", "meta"], "--device meta; there are"),
         (["--set", "steps=0"], "chains.steps = 0: it has to be a whole number from 1"),
         (["--set", "steps=2.5"], "chains.steps = 2.5"),
         (["--set", "head=both"], "one of shared, separate"),
@@ -875,12 +964,21 @@ def test_show_lists_presets_and_prints_one_and_describes_a_checkpoint(trained):
             ["--preset", "vae-mnist", "--set", "image=[1, 30, 30]"],
             "vae is for images of 28 x 28 or",
         ),
-        (["--set", "likelihood=gauss"], "one of bernoulli, continuous_bernoulli"),
+        (["--preset", "vae-mnist", "--set", "likelihood=gauss"], "one of bernoulli, continuous_b"),
         (["--set", "channels={a: [}"], "is not a YAML value"),
         (["--set", "compile=!!bool maybe"], "is not a YAML value"),
         (["--set", "buffer=7"], "must not exceed chains.buffer"),
         (["--set", "image=[1, 4, 4]"], "at least 8 x 8"),
-        (["--device", "abacus"], "--device abacus: "),
+        (["--device", "abacus"], "--device abacus; "),
+        (["--device", "gpu"], "did you mean cuda?"),
+        (["--device", "cuda"], "--device cuda cannot be used here"),
+        (["--set", "lr=1e-3"], "here that is train.rate"),
+        (["--set", "train.batch_size=4"], "here that is train.batch"),
+        (["--set", "epochs=4"], "here that is train.updates (an epoch is"),
+        (["--set", "optimizer=sgd"], "it is always Adam"),
+        (["--set", "rat=1e-3"], "did you mean train.rate?"),
+        (["--set", "zzzz=1"], "explains each key"),
+        (["--preset", "zzzz"], "`python cebm.py show` lists them"),
         (["--seed", "-1"], "seed"),
     ],
 )
@@ -948,7 +1046,8 @@ def test_wrong_files_and_folders_are_named(trained, tmp_path):
     folder = ["--preset", "cebm-folder", "--data-dir", tmp_path]
     empty = run("train", *folder, "--out", tmp_path / "run")
     assert empty.exit_code == 1
-    assert f"{tmp_path}/train is no folder. Images belong in" in empty.stderr
+    assert f"{tmp_path} has no images" in empty.stderr
+    assert "Images belong in DIR/train/CLASS/" in empty.stderr
     (tmp_path / "file").write_text("")
     blocked = run("train", *tiny(), "--out", tmp_path / "file" / "run")
     assert blocked.exit_code == 1
@@ -965,13 +1064,13 @@ def test_a_folder_of_images_trains_and_is_evaluated(tmp_path):
                 Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
     arguments = ["--preset", "cebm-folder", "--data-dir", tmp_path / "images"]
     arguments += ["--out", tmp_path / "run"]
-    wrong = run("train", *arguments, *tiny())
+    wrong = run("train", *arguments, *tiny("classes=3"))
     assert wrong.exit_code == 1
-    assert "--set classes=2" in wrong.stderr
-    rgba = run("train", *arguments, *tiny("classes=2", "image=[4, 16, 16]"))
+    assert "has 2 classes, not 3" in wrong.stderr
+    rgba = run("train", *arguments, *tiny("image=[4, 16, 16]"))
     assert rgba.exit_code == 1
     assert "1 channel (grey) or 3 (colours), not 4" in rgba.stderr
-    chosen = tiny("classes=2", "image=[3, 16, 16]", "updates=2")
+    chosen = tiny("image=[3, 16, 16]", "updates=2")
     result = run("train", *arguments, *chosen)
     assert result.exit_code == 0, result.stderr
     result = run("knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json")
@@ -979,7 +1078,7 @@ def test_a_folder_of_images_trains_and_is_evaluated(tmp_path):
     few = run(
         "knn", tmp_path / "run/ckpt.pt", "--data-dir", tmp_path / "images", "--json", "--limit", 4
     )
-    assert json.loads(few.stdout)[0]["pixel"] == 100  # two of each class, though files are sorted
+    assert json.loads(few.stdout)[0]["pixels"] == 100  # two of each class, though files are sorted
     shown = tmp_path / "given.png"
     place = ("--data-dir", tmp_path / "images", "--out", shown)
     run("sample", tmp_path / "run/ckpt.pt", "--given", 2, "--steps", 1, *place)
@@ -990,11 +1089,219 @@ def test_a_folder_of_images_trains_and_is_evaluated(tmp_path):
     )[0]
     assert [key for key in row if key.isdigit()] == ["1", "10"]  # there are ten a class
     (tmp_path / "images/train/dark/3.png").write_bytes(b"no picture")
-    assert "dark/3.png cannot be read" in run("train", *arguments, *chosen).stderr
+    assert "dark/3.png (no image)" in run("train", *arguments, *chosen).stderr
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    """Colour images in a folder a class, without a split, and a run on them."""
+    root = tmp_path_factory.mktemp("album")
+    generator = np.random.default_rng(0)
+    for k, name in enumerate(("dark", "light")):
+        (root / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = generator.integers(128 * k, 128 * k + 127, (20, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "images" / name / f"{i}.png")
+    settings = tiny("image=[3, 16, 16]", "updates=4", "evaluate_every=2", "warmup=0")
+    command = ["train", "--preset", "cebm-folder", *settings]
+    result = run(*command, "--data-dir", root / "images", "--out", root / "run")
+    assert result.exit_code == 0, result.stderr
+    return root, result
+
+
+def test_before_training_a_folder_and_what_will_be_made_of_it_are_told(album):
+    root, result = album
+    assert "images of 30 x 20 (32) (width x height) are scaled to 16 x 16, str" in result.stderr
+    assert "laid out as DIR/CLASS: 32 images to train on, 8 to test" in result.stdout
+    assert "2 classes: dark (16), light (16)" in result.stdout
+    told = float(result.stdout.split("checkpoint ")[1].split(" MB")[0])
+    size = (root / "run/ckpt.pt").stat().st_size / 1e6
+    assert told == pytest.approx(size, rel=0.25, abs=0.1)
+
+
+def test_a_checkpoint_remembers_where_its_folder_and_split_are(album, tmp_path):
+    root, _ = album
+    state = cebm.load_checkpoint(root / "run/ckpt.pt")
+    assert state["data_dir"] == str(root / "images")
+    assert state["config"]["data"]["classes"] == 2
+    row = json.loads(run("knn", root / "run/ckpt.pt", "--json").stdout)[0]
+    assert row["pixels"] == 100
+    assert np.sum(row["confusion"]) == 8
+    out = tmp_path / "latents.npz"
+    assert run("export", root / "run/ckpt.pt", "--out", out).exit_code == 0
+    with np.load(out) as arrays:
+        assert arrays["classes"].tolist() == ["dark", "light"]
+        assert arrays["labels"].tolist() == [0] * 4 + [1] * 4
+
+
+def test_new_images_are_encoded_scored_and_reconstructed(album, tmp_path):
+    root, _ = album
+    checkpoint, dark = root / "run/ckpt.pt", root / "images/dark"
+    for name in ("new.npz", "new.csv"):
+        command = ("export", checkpoint, "--images", dark, "--images", root / "images/light/3.png")
+        result = run(*command, "--out", tmp_path / name, "--map", tmp_path / "map.png")
+        assert result.exit_code == 0, result.stderr
+    with np.load(tmp_path / "new.npz") as arrays:
+        mean, paths = arrays["mean"], arrays["path"].tolist()
+        assert set(arrays) == {"mean", "std", "energy", "path"}
+    assert len(paths) == 21
+    assert paths[-1] == str(root / "images/light/3.png")
+    model, config, _ = cebm.load_model(checkpoint)
+    images, _ = data.read_images([Path(path) for path in paths], config.data.image)
+    np.testing.assert_allclose(mean, evaluate.latents(model, images)["mean"])
+    lines = (tmp_path / "new.csv").read_text().splitlines()
+    assert lines[0].startswith("energy,path,mean_0,mean_1")
+    assert len(lines) == 22
+    assert float(lines[3].split(",")[2]) == pytest.approx(mean[2, 0], rel=1e-4)
+    row = json.loads(run("ood", checkpoint, "--against", dark, "--json").stdout)[0]
+    assert 0 <= row[f"{dark} logp"] <= 100
+    shown = tmp_path / "given.png"
+    result = run("sample", checkpoint, "--given", dark, "--steps", 1, "--out", shown)
+    assert result.exit_code == 0, result.stderr
+    assert "20 chains" in result.stdout
+    wrong = run("export", checkpoint, "--images", dark, "--split", "train")
+    assert wrong.exit_code == 2
+
+
+def test_unlabelled_images_train_and_are_exported_but_not_classified(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.new("L", (8, 8), 12 * i).save(tmp_path / f"images/{i}.png")
+    settings = tiny("image=[1, 8, 8]", "updates=2", "batch=4", "evaluate_every=1")
+    command = ("train", "--preset", "cebm-folder", *settings, "--data-dir", tmp_path / "images")
+    among = run(*command, "--out", tmp_path / "images/run")
+    assert among.exit_code == 1
+    assert "among the images" in among.stderr
+    result = run(*command, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert "no 1-NN during training: the images have no classes" in result.stdout
+    checkpoint, out = tmp_path / "run/ckpt.pt", tmp_path / "l.npz"
+    for name in ("knn", "probe"):
+        refused = run(name, checkpoint)
+        assert refused.exit_code == 1
+        assert "needs labels" in refused.stderr
+    assert run("export", checkpoint, "--out", out).exit_code == 0
+    with np.load(out) as arrays:
+        assert set(arrays) == {"mean", "std", "energy"}
+    assert run("ood", checkpoint).exit_code == 0
+    assert run("sample", checkpoint, "--given", 2, "--out", tmp_path / "a.png").exit_code == 0
+
+
+def test_images_that_cannot_be_read_are_skipped_on_demand_and_then_by_every_command(tmp_path):
+    for i in range(10):
+        (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(tmp_path / f"images/{i % 2}/{i}.png")
+    (tmp_path / "images/0/bad.png").write_text("no picture")
+    (tmp_path / "images/1/worse.jpg").write_text("")
+    settings = tiny("image=[1, 8, 8]", "updates=2", "batch=2")
+    command = ["train", "--preset", "cebm-folder", *settings, "--data-dir", tmp_path / "images"]
+    command += ["--out", tmp_path / "run"]
+    refused = run(*command)
+    assert refused.exit_code == 1
+    assert "go on with --skip-unreadable" in refused.stderr
+    result = run(*command, "--skip-unreadable")
+    assert result.exit_code == 0, result.stderr
+    assert run("knn", tmp_path / "run/ckpt.pt").exit_code == 0  # as the checkpoint says
+    new = ("export", tmp_path / "run/ckpt.pt", "--images", tmp_path / "images")
+    assert run(*new, "--out", tmp_path / "a.npz").exit_code == 1
+    assert run(*new, "--out", tmp_path / "a.npz", "--skip-unreadable").exit_code == 0
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert len(arrays["path"]) == 10
+
+
+def test_1_nn_during_training_is_logged_and_leaves_the_run_as_it_is(tmp_path):
+    for every in (0, 6):
+        command = ("train", *tiny("updates=12", f"evaluate_every={every}"))
+        result = run(*command, "--out", tmp_path / str(every))
+        assert result.exit_code == 0, result.stderr
+    plain, scored = (cebm.load_checkpoint(tmp_path / f / "ckpt.pt") for f in ("0", "6"))
+    for part in ("model", "average", "optimiser", "buffer", "generators"):
+        same(plain[part], scored[part], part)
+    logged = {row["update"]: row for row in rows(tmp_path / "6")}
+    assert [update for update, row in logged.items() if row["knn"]] == ["6", "12"]
+    row = json.loads(run("knn", tmp_path / "6/ckpt.pt", "--json").stdout)[0]
+    names = {"knn": "latent", "knn_untrained": "untrained", "knn_pixels": "pixels"}
+    for column, name in names.items():
+        assert float(logged["12"][column]) == row[name]
+    assert "1-NN" in result.stdout
+    assert "knn" not in rows(tmp_path / "0")[0]
+
+
+def test_curves_are_drawn_by_the_run_and_of_several_runs_over_each_other(trained, tmp_path):
+    assert Image.open(trained / "curves.png").size[0] >= 1000
+    out = tmp_path / "curves.svg"
+    result = run("curves", trained, trained / "ckpt.pt", "--out", out)
+    assert result.exit_code == 0, result.stderr
+    columns = cebm.find_curves(trained)
+    assert columns == cebm.find_curves(trained / "ckpt.pt")
+    assert columns["update"] == list(range(3, 25, 3))
+    config = cebm.parse_config(cebm.load_checkpoint(trained / "ckpt.pt")["config"])
+    assert columns["rate"][0] == cebm.learning_rate(3, config.train)
+    for wrong, says in (
+        (tmp_path, "is no run folder"),
+        (ROOT / "checkpoints/cebm-mnist.pt", "has logged nothing"),
+    ):
+        refused = run("curves", wrong, "--out", out)
+        assert refused.exit_code == 1
+        assert says in refused.stderr
+
+
+def test_a_trace_shows_chains_at_moments_of_their_way_a_row_a_chain(trained, tmp_path):
+    out = tmp_path / "trace.png"
+    command = ("sample", trained / "ckpt.pt", "--trace", 3, "--count", 2, "--steps", 4)
+    result = run(*command, "--out", out)
+    assert result.exit_code == 0, result.stderr
+    assert "2 chains from noise after 0, 2, 4 steps" in result.stdout
+    sheet = read_sheet(out, 2, 3)
+    straight = tmp_path / "straight.png"
+    command = ("sample", trained / "ckpt.pt", "--from", "noise", "--count", 2, "--steps", 4)
+    assert run(*command, "--out", straight).exit_code == 0
+    ends = read_sheet(straight, 2, 1)
+    np.testing.assert_array_equal(sheet[:, 60:], ends[:, :])  # the same chains, moved at once
+    for options in (("--given", 2), ("--from", "noise")):
+        refused = run("sample", trained / "ckpt.pt", "--trace", 3, *options)
+        assert refused.exit_code == 2
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_line_on_a_run_fits_its_width_and_begins_with_what_matters(width):
+    parts = ["123456/150000", "1:02:03 left", "gap -0.21", "1-NN 91.3", "12 rollbacks", 40 * "x"]
+    line = "  ".join(cebm.fitting(parts, width))
+    assert len(line) <= width
+    assert line.startswith("123456/150000  1:02:03 left  gap -0.21")
+
+
+def test_times_are_put_into_words():
+    words = {45: "0:45", 725: "12:05", 18_243: "5:04:03", 300_000: "3.5 days"}
+    assert {seconds: cebm.in_words(seconds) for seconds in words} == words
+    about = {20: "1 min", 600: "10 min", 7200: "2 h", 216_000: "2.5 days"}
+    assert {seconds: cebm.roughly(seconds) for seconds in about} == about
+
+
+def test_on_a_terminal_training_shows_a_bar_and_in_a_pipe_lines(small, tmp_path):
+    import pty
+
+    process_end, terminal = pty.openpty()
+    command = [sys.executable, ROOT / "cebm.py", *map(str, small), "--out", tmp_path / "run"]
+    environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stdout=terminal, stderr=subprocess.PIPE, env=environment, text=True
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(process_end, 4096):
+            shown += part
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    screens = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]", "", shown.decode()).replace("\n", "\r").split("\r")
+    bars = [screen for screen in screens if screen.startswith(("#", "-"))]
+    assert "24/24" in bars[-1]
+    assert max(map(len, bars)) < 80
+    assert "done: " in shown.decode()
 
 
 def test_help_needs_no_torch():
-    for command in ("", "train", "sample", "knn", "probe", "ood", "export", "show"):
+    for command in ("", "train", "sample", "knn", "probe", "ood", "export", "curves", "show"):
         code = (
             "import sys, cebm\ntry: cebm.main(sys.argv[1:])\nexcept SystemExit: pass\n"
             "print('torch._C' in sys.modules)"

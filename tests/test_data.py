@@ -209,7 +209,7 @@ def test_a_folder_is_scaled_to_the_configured_size_and_channels(tmp_path, channe
 def test_a_folder_is_read_in_its_default_shape_without_further_settings(tmp_path, split):
     write_folder(tmp_path)
     images, labels = data.load("folder", split, str(tmp_path))
-    assert images.shape == (4, 1, 28, 28)
+    assert images.shape == (4, 3, 32, 32)
     assert images.dtype == torch.uint8
     assert labels.tolist() == [0, 0, 1, 1]
 
@@ -316,7 +316,7 @@ def test_of_16_bits_a_pixel_the_upper_8_are_shown_and_of_more_none(tmp_path):
     images, _ = data.load("folder", "train", tmp_path, (1, 8, 8))
     assert images[0, 0].flatten().tolist() == list(range(0, 256, 4))
     draw(Image.fromarray(ramp.astype(np.float32)), tmp_path / "train/a/1.tif")
-    with pytest.raises(data.DataError, match=r"a/1\.tif cannot be read \(more than 16 bits"):
+    with pytest.raises(data.DataError, match=r"a/1\.tif \(more than 16 bits"):
         data.load("folder", "train", tmp_path, (1, 8, 8))
 
 
@@ -382,19 +382,19 @@ def test_a_class_or_an_image_may_be_a_link_to_where_it_lies(tmp_path):
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     shape = (1, 28, 28)
-    with pytest.raises(data.DataError, match=r"/train.*Images belong in"):
+    with pytest.raises(data.DataError, match=r"has no images.*Images belong in"):
         data.load("folder", "train", str(tmp_path), shape)
     write_folder(tmp_path)
     truncated = tmp_path / "train/dog/0.png"
     truncated.write_bytes(truncated.read_bytes()[:60])
-    with pytest.raises(data.DataError, match=r"train/dog/0\.png cannot be read"):
+    with pytest.raises(data.DataError, match=r"1 of 4 images cannot be read:\n.*dog/0\.png"):
         data.load("folder", "train", str(tmp_path), shape)
     pixels = np.zeros((24, 24), np.uint8)
     Image.fromarray(pixels).save(picture := tmp_path / "train/cat/1.tif")
     flipped = picture.read_bytes().replace(b"\x11\x01\x04\0", b"\x11\x01\x0c\0")  # a float offset
     picture.write_bytes(flipped)
     truncated.unlink()
-    with pytest.raises(data.DataError, match=r"train/cat/1\.tif cannot be read"):
+    with pytest.raises(data.DataError, match=r"cannot be read:\n.*train/cat/1\.tif"):
         data.load("folder", "train", str(tmp_path), shape)
     (tmp_path / "test/emu").mkdir()
     with pytest.raises(data.DataError, match="emu"):
@@ -403,6 +403,128 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     for split in ("test", "train"):  # also before training, not only after it
         with pytest.raises(data.DataError, match=r"cat, dog, emu.* they have to be the same"):
             data.load("folder", split, str(tmp_path), shape)
+
+
+def write_classes(root, counts, side=8):
+    """Images of one grey level each, no two alike, in root/CLASS/ or, for "", in root itself."""
+    level = 0
+    for name, count in counts.items():
+        for i in range(count):
+            draw(Image.new("L", (side, side), level), root / name / f"{i}.png")
+            level += 1
+
+
+def levels(split, root, seed=0):
+    options = data.FolderOptions(split_seed=seed)
+    images, labels = data.load("folder", split, root, (1, 8, 8), options=options)
+    return images[:, 0, 0, 0].tolist(), labels.tolist()
+
+
+def test_of_a_folder_of_classes_a_fifth_of_each_is_for_testing(tmp_path):
+    write_classes(tmp_path, {"cat": 40, "dog": 25, "emu": 2, "fox": 1})
+    (tmp_path / "notes").mkdir()  # without images it is no class
+    train, test = levels("train", tmp_path), levels("test", tmp_path)
+    assert sorted(train[0] + test[0]) == list(range(68))
+    assert [test[1].count(label) for label in range(4)] == [8, 5, 1, 0]
+    assert [train[1].count(label) for label in range(4)] == [32, 20, 1, 1]
+    assert all((level < 40) == (label == 0) for level, label in zip(*train, strict=True))
+    assert data.class_names("folder", tmp_path, 0) == ["cat", "dog", "emu", "fox"]
+    assert levels("test", tmp_path) == test  # each time the same
+    assert levels("test", tmp_path, seed=1)[0] != test[0]
+    said = data.describe_folder(tmp_path, data.FolderOptions())
+    assert "DIR/CLASS: 54 images to train on, 14 to test" in said
+    assert "4 classes: cat (32), dog (20), emu (1), fox (1)" in said
+
+
+def test_images_that_are_added_leave_nearly_all_others_in_their_split(tmp_path):
+    write_classes(tmp_path, {"cat": 100})
+    before = set(levels("test", tmp_path)[0])
+    for i in range(100, 110):
+        draw(Image.new("L", (8, 8), i), tmp_path / f"cat/{i}.png")
+    after = {level for level in levels("test", tmp_path)[0] if level < 100}
+    assert len(before ^ after) <= 6
+
+
+def test_a_flat_folder_is_unlabelled_and_split(tmp_path):
+    write_classes(tmp_path, {"": 50})
+    train, test = levels("train", tmp_path), levels("test", tmp_path)
+    assert sorted(train[0] + test[0]) == list(range(50))
+    assert len(test[0]) == 10
+    assert set(train[1] + test[1]) == {0}
+    assert data.class_names("folder", tmp_path, 0) == [data.UNLABELLED]
+    assert "no classes" in data.describe_folder(tmp_path, data.FolderOptions())
+
+
+def test_a_given_split_without_classes_is_unlabelled_too(tmp_path):
+    write_classes(tmp_path, {"train": 5, "test": 3})
+    assert levels("train", tmp_path) == ([0, 1, 2, 3, 4], [0] * 5)
+    assert levels("test", tmp_path) == ([5, 6, 7], [0] * 3)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_classes(tmp_path, {"plane": 5, "train": 5, "test": 5})
+    assert data.class_names("folder", tmp_path, 0) == ["plane", "test", "train"]
+
+
+def test_images_that_cannot_be_read_are_all_listed_and_can_be_left_out(tmp_path, capsys):
+    write_classes(tmp_path / "train", {"cat": 5, "dog": 5})
+    for name in ("cat/1.png", "dog/3.png"):
+        (tmp_path / "train" / name).write_bytes(b"no picture")
+    with pytest.raises(data.DataError) as refusal:
+        levels("train", tmp_path)
+    for said in ("2 of 10 images", "cat/1.png (no image)", "dog/3.png (no image)", "--skip-un"):
+        assert said in refusal.value.message
+    options = data.FolderOptions(skip_unreadable=True)
+    images, labels = data.load("folder", "train", tmp_path, (1, 8, 8), options=options)
+    assert images[:, 0, 0, 0].tolist() == [0, 2, 3, 4, 5, 6, 7, 9]
+    assert labels.tolist() == [0] * 4 + [1] * 4
+    assert "dog/3.png (no image)\nThey are left out" in capsys.readouterr().err
+
+
+def test_files_and_folders_of_any_layout_are_found(tmp_path):
+    write_classes(tmp_path, {"a": 2, "a/b": 1})
+    found = data.find_files([tmp_path / "a/1.png", tmp_path])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+        "a/1.png",
+        "a/0.png",
+        "a/1.png",
+        "a/b/0.png",
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.DataError, match="no images"):
+        data.find_files([tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    ("images", "shape"),
+    [
+        (np.zeros((2, 8, 9), np.uint8), (2, 1, 8, 9)),
+        (np.zeros((2, 8, 9, 3), np.uint8), (2, 3, 8, 9)),
+        (torch.zeros(2, 3, 8, 9) - 1, (2, 3, 8, 9)),
+        (np.full((2, 1, 8, 9), -0.5), (2, 1, 8, 9)),
+    ],
+)
+def test_somebodys_arrays_become_pixels(images, shape):
+    pixels = data.as_pixels(images)
+    assert pixels.shape == shape
+    assert pixels.dtype in (torch.uint8, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (np.linspace(0, 1, 128).reshape(2, 8, 8), "as if in \\[0, 1\\]"),
+        (np.linspace(0, 255, 128).reshape(2, 8, 8), "from 0 to 255: floats have to be"),
+        (np.full((2, 8, 8), np.nan), "from nan to nan"),
+        (np.zeros((2, 8, 8), int), "of torch.int64"),
+        (np.zeros((8, 8), np.uint8), "of shape \\(8, 8\\)"),
+        (np.zeros((0, 8, 8), np.uint8), "N at least 1"),
+        (np.zeros((2, 4, 8, 8), np.uint8), "with C 1 or 3"),
+    ],
+)
+def test_arrays_that_are_no_pixels_are_refused(images, says):
+    with pytest.raises(ValueError, match=says):
+        data.as_pixels(images)
 
 
 def test_the_embedded_set_is_what_the_readme_says():

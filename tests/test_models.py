@@ -214,9 +214,46 @@ def test_the_class_of_an_image_follows_bayes_rule_by_hand(monkeypatch):
     chances = model.posterior(None).mixture_distribution.probs
     assert math.isclose(chances[0, 1].item(), chance, rel_tol=1e-9)
     assert math.isclose(model.represent(None).item(), 3.0)  # the likeliest component's mean
-    model.config = replace(model.config, represent="mixture")
+    model.likeliest = False
     assert math.isclose(model.represent(None).item(), 3 * chance, rel_tol=1e-9)
     assert math.isclose(model.posterior(None).mean.item(), 3 * chance, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("head", ["shared", "separate"])
+def test_a_first_scale_multiplies_t1_and_leaves_t2_and_the_random_numbers(head):
+    x, outputs, after = torch.rand(3, 1, 28, 28) * 2 - 1, [], []
+    for scale in (1.0, 4.0):
+        torch.manual_seed(0)
+        outputs.append(build("cebm", head=head, t1_scale=scale).t(x))
+        after.append(torch.rand(1))
+    torch.testing.assert_close(outputs[1][:, 0], 4 * outputs[0][:, 0])
+    torch.testing.assert_close(outputs[1][:, 1], outputs[0][:, 1])
+    assert after[0] == after[1]
+
+
+def test_any_network_that_returns_t1_and_h_makes_a_conjugate_model():
+    class Trunk(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.t1, self.h = (torch.nn.Linear(12, 5) for _ in range(2))
+
+        def forward(self, x):
+            return self.t1(x.flatten(1)), self.h(x.flatten(1))
+
+    x = torch.rand(4, 3, 2, 2) * 2 - 1
+    trunk = Trunk()
+    model = models.Conjugate(trunk, models.GaussianPrior(5), t2="softplus")
+    t1, h = trunk(x)
+    precision = 1 + 2 * torch.nn.functional.softplus(h)
+    torch.testing.assert_close(model.represent(x), t1 / precision)
+    energy = -(t1**2 / precision / 2 - precision.log() / 2).sum(1)
+    torch.testing.assert_close(model.energy(x), energy)
+    joined = models.Conjugate(lambda x: torch.cat(trunk(x), 1), models.GaussianPrior(5), "softplus")
+    torch.testing.assert_close(joined.energy(x), energy)
+    _, metrics = model.loss(x, None, -x)
+    assert metrics["gap"] == model.energy(x).mean() - model.energy(-x).mean()
+    mixture = models.Conjugate(trunk, models.GaussianPrior(5, components=3))
+    assert mixture.posterior(x).mean.shape == (4, 5)
 
 
 def test_draws_from_a_mixture_have_its_mean_and_second_moment():
@@ -307,11 +344,11 @@ def test_the_registry_says_the_truth_about_each_model(name):
         "classify": kind.labels,
         "gibbs_sweep": kind.chains == "gibbs",
     }
-    assert {method: hasattr(kind.build, method) for method in said} == said
+    model = build(name)
+    assert {method: hasattr(model, method) for method in said} == said
     if kind.posterior:  # x given z: by chains on E(x, z), or decoded
-        assert hasattr(kind.build, "joint_energy") or kind.decoder
+        assert hasattr(model, "joint_energy") or kind.decoder
     assert kind.chains is None or kind.chains in sampling.SAMPLERS
-    assert type(build(name)) is kind.build
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -373,7 +410,8 @@ def test_igebm_jem_and_hdge_are_one_network_read_as_table_4_says():
         assert model.classify(x).tolist() == model.f(x).argmax(1).tolist()
     log_p = f - torch.log(f.exp().sum(1, keepdim=True))
     cross_entropy = -log_p[torch.arange(6), y].mean()
-    contrastive = models.contrastive(jem.energy(x), jem.energy(chains), jem.config)[0]
+    l2 = jem.config.l2, jem.config.l2_on
+    contrastive = models.contrastive(jem.energy(x), jem.energy(chains), *l2)[0]
     torch.testing.assert_close(jem.loss(x, y, chains)[0], cross_entropy + contrastive)
     f = hdge.f(x)
     shares = torch.stack([f[i, y[i]].exp() / f[:, y[i]].exp().sum() for i in range(6)])

@@ -302,7 +302,7 @@ def test_buffer_and_generator_state_bring_back_the_same_draws():
 
 def learn(model, images, settings, updates, batch, rate, generator):
     """Trains on `images` by chains that persist: the 200 of them at the end."""
-    sampler = models.MODELS[model.config.name].chains
+    sampler = "gibbs" if hasattr(model, "gibbs_sweep") else "langevin"
     move = sampling.mover(sampler, model, model.energy, settings.steps, settings, generator)
     buffer = sampling.ReplayBuffer(200, images.shape[1:], settings.reuse, generator)
     optimiser = torch.optim.Adam(model.parameters(), rate, betas=(0.0, 0.999))
