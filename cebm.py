@@ -2621,8 +2621,8 @@ def ood(checkpoints, form, data_dir, skip_unreadable, device, against):
 def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, device):
     """Write each image's latent mean, std and energy (where the model has them) to a file.
 
-    The mean is the vector that `knn` uses, the std that of the whole posterior. With them go
-    labels and `classes`, their names; of --images the `path` of each.
+    The mean is the vector that `knn` uses, the std that of the whole posterior. With them go the
+    labels and, where these have names, `classes`; of --images the `path` of each.
 
     Example: python cebm.py export runs/quickstart/ckpt.pt --map map.png
     """
@@ -2645,7 +2645,9 @@ def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, devic
         pixels, labels = read(split)
         names, source = read.names(), f"{config.data.name} {split}"
         if names != [data.UNLABELLED]:
-            about = {"labels": labels.numpy(), "classes": names}
+            about["labels"] = labels.numpy()
+        if names not in ([data.UNLABELLED], [str(label) for label in range(len(names))]):
+            about["classes"] = names  # numbers that are their own names need none
     arrays = evaluate.latents(model, pixels, device, kind.posterior, kind.density)
     arrays |= {name: evaluate.as_array(column) for name, column in about.items()}
     content = evaluate.csv_bytes if out.lower().endswith(".csv") else evaluate.npz_bytes

@@ -290,7 +290,7 @@ def as_array(values) -> np.ndarray:
 def csv_bytes(arrays: dict[str, np.ndarray]) -> bytes:
     """Arrays as the content of a .csv file, a row an image: `mean` (N, D) as mean_0, mean_1, ...
 
-    `labels` are numbers, and beside them the names that `classes` has for them.
+    Beside the numbers of `labels` stand their names, if there are `classes`.
     """
     arrays = dict(arrays)
     if "classes" in arrays:
