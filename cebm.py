@@ -738,6 +738,13 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def require_writable_folder(folder: Path) -> None:
+    """OSError where no file can be made in a folder."""
+    draft = folder / f".{secrets.token_hex(8)}.draft"
+    draft.touch(exist_ok=False)
+    draft.unlink()
+
+
 def require_writable(path: str | None, endings, inputs=()) -> None:
     """Failure where a result cannot go, before the work; None is no result.
 
@@ -753,10 +760,7 @@ def require_writable(path: str | None, endings, inputs=()) -> None:
         raise Failure(f"{problem}: its name has to end in {' or '.join(endings)}")
     try:
         target.exists()  # raises if the name is too long
-        folder = next(parent for parent in target.parents if parent.exists())
-        draft = folder / f".{secrets.token_hex(8)}.draft"
-        draft.touch(exist_ok=False)
-        draft.unlink()
+        require_writable_folder(next(parent for parent in target.parents if parent.exists()))
     except OSError as error:
         raise Failure(f"{problem}: {error.strerror}") from error
 
@@ -1039,11 +1043,7 @@ class Trainer:
             betas=(config.train.beta1, config.train.beta2),
             eps=config.train.epsilon,
         )
-        # Torch's default generator, since some losses draw from it too.
-        if self.cuda:
-            self.generator = torch.cuda.default_generators[device.index or 0]
-        else:
-            self.generator = torch.default_generator
+        self.generator = sampling.default_generator(device)  # some losses draw from it too
         self.reseed()
         self.buffer = self.new_buffer() if self.sampler else None
         self.loss = self.model.loss
@@ -1807,7 +1807,7 @@ def claim_folder(folder: Path):
 
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
+        require_writable_folder(folder)
     except OSError as error:
         reason = error.strerror
         raise Failure(f"cannot write to {folder}: {reason}; choose another --out") from error

@@ -45,6 +45,8 @@ def in_batches(function, images, device="cpu", size: int = 1000, label: str = ""
             x = normalise(x) if x.dtype == torch.uint8 else x
             outputs.append(function(x.contiguous(memory_format=torch.channels_last)))
     values = torch.cat(outputs)
+    if device.type == "mps":  # which has no float64, that 1-NN and whitening compute in
+        values = values.cpu()
     wrong = (~values.reshape(len(values), -1).isfinite().all(1)).nonzero().flatten().tolist()
     if wrong:
         first = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
@@ -139,7 +141,8 @@ def knn_row(model, untrained, train, test, classes: int, device) -> dict[str, ob
             row["confusion"] = counts.view(classes, classes).tolist()
         whitened = nearest(*whiten(a, b), label=f"1-NN, {name}, whitened").cpu()
         row[WHITENED[name]] = percent_equal(labels[whitened], test_labels)
-    a, b = (x.flatten(1).to(device) for x in (images, test_images))
+    place = "cpu" if torch.device(device).type == "mps" else device
+    a, b = (x.flatten(1).to(place) for x in (images, test_images))
     row["pixels"] = percent_equal(labels[nearest(a, b, label="1-NN, pixels").cpu()], test_labels)
     return row
 

@@ -227,6 +227,15 @@ class ReplayBuffer:
         self.images[slots] = chains
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """The one that torch draws from on `device` where no other is named."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    if device.type == "mps":  # Apple's GPUs; torch has no public name for it
+        return torch.mps._get_default_mps_generator()
+    return torch.default_generator
+
+
 def uniform(shape, generator: torch.Generator) -> Tensor:
     """Noise on [-1, 1], where chains start."""
     return torch.rand(shape, generator=generator, device=generator.device).mul_(2).sub_(1)

@@ -1299,6 +1299,33 @@ def test_on_a_terminal_training_shows_a_bar_and_in_a_pipe_lines(small, tmp_path)
     assert "done: " in shown.decode()
 
 
+ELSEWHERE = """
+import os, signal, sys
+sys.modules["fcntl"] = None  # as on Windows: no such module, nor what follows
+for module, name in ((os, "sysconf"), (signal, "SIGHUP"), (os, "getuid"), (os, "fork")):
+    if hasattr(module, name):
+        delattr(module, name)
+import cebm
+cebm.main(sys.argv[1:])
+"""
+
+
+def test_without_what_other_systems_lack_a_run_trains_resumes_and_is_evaluated(small, tmp_path):
+    def elsewhere(*arguments):
+        command = [sys.executable, "-c", ELSEWHERE, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    for updates in (4, 8):
+        command = (*small, "--set", "decay=none", "--set", f"updates={updates}")
+        result = elsewhere(*command, "--out", tmp_path / "run")
+        assert result.returncode == 0, result.stderr
+    assert "resuming after update 4" in result.stdout
+    out = elsewhere("export", tmp_path / "run/ckpt.pt", "--split", "train", "--out", "-")
+    assert "its name has to end in" in out.stderr
+    done = ("--split", "train", "--out", tmp_path / "l.csv")
+    assert elsewhere("export", tmp_path / "run/ckpt.pt", *done).returncode == 0
+
+
 def test_help_needs_no_torch():
     for command in ("", "train", "sample", "knn", "probe", "ood", "export", "curves", "show"):
         code = (
