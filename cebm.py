@@ -442,7 +442,7 @@ def check_recipes(book: dict[str, LocatedMapping]) -> None:
     known = all_presets(book | {"variants": {}})
     for name in book["variants"]:
         entry = book["variants"].get_mapping(name)
-        check_entry(book, entry, {}, others=("of", "about"))
+        check_entry(book, entry, {}, others=("of", "about", "seconds"))
         bases = entry.get_mapping("of")
         for base in bases:
             if base not in known:
@@ -492,8 +492,8 @@ def all_presets(book: dict[str, LocatedMapping]) -> dict[str, dict]:
     for variant, entry in book["variants"].items():
         for base, settings in entry["of"].items():
             combined = presets[base]["set"] | entry.get("set", {}) | settings
-            about = {"about": entry["about"]} if "about" in entry else {}
-            presets[f"{base}-{variant}"] = presets[base] | about | {"set": combined}
+            own = {key: entry[key] for key in ("about", "seconds") if key in entry}
+            presets[f"{base}-{variant}"] = presets[base] | own | {"set": combined}
     return presets
 
 
@@ -2766,7 +2766,10 @@ def typical_time(config: Config, entry: dict, machine: str) -> str:
         if last == chains.steps
         else (last - chains.steps) / math.log(last / chains.steps)
     )
-    return roughly(train.updates * train.batch / 128 * (update + mean * step))
+    share = train.batch / 128
+    if machine == "gpu":
+        share = max(1, share)  # small batches wait for launches
+    return roughly(train.updates * share * (update + mean * step))
 
 
 def roughly(seconds: float) -> str:
