@@ -2197,7 +2197,7 @@ def reader_of(config: Config, state: Checkpoint, data_dir: str | None, skip_unre
 def print_rows(
     checkpoints, form: str | None, data_dir: str | None, skip_unreadable: bool, device, figures
 ) -> None:
-    """A row per checkpoint: what it is, then `figures(model, config, read)` of it.
+    """Rows for each checkpoint: what it is, then `figures(model, config, read)`, one or several.
 
     Rows that are done are printed also when a later checkpoint fails.
     """
@@ -2208,7 +2208,8 @@ def print_rows(
             row = {"checkpoint": path, "model": config.model.name, "data": config.data.name}
             row["updates"] = state["updates"]
             read = reader_of(config, state, data_dir, skip_unreadable)
-            rows.append(row | figures(model, config, read))
+            more = figures(model, config, read)
+            rows += [row | own for own in (more if isinstance(more, list) else [more])]
     finally:
         if rows:
             say(json.dumps(rows) if form == "json" else evaluate.table(rows, form == "markdown"))
@@ -2575,9 +2576,10 @@ def probe(checkpoints, form, data_dir, skip_unreadable, device):
     "always.",
 )
 def ood(checkpoints, form, data_dir, skip_unreadable, device, against):
-    """AUROC of telling the test set from other data, in percent.
+    """How well the model tells its test set from other data: AUROC, AUPR and FPR95, in percent.
 
     By log p(x) up to a constant, that is -E(x) or a VAE's ELBO, and by minus its gradient's norm.
+    FPR95 is the share of the other data that passes where 95 % of the test set does.
 
     Example: python cebm.py ood runs/cebm-fmnist/ckpt.pt --against mnist
     """
@@ -2598,7 +2600,7 @@ def ood(checkpoints, form, data_dir, skip_unreadable, device, against):
             else:
                 paths = data.find_files([Path(name)])
                 others[name] = data.read_images(paths, shape, skip_unreadable)[0]
-        return evaluate.ood_row(model, read("test")[0], others, device)
+        return evaluate.ood_rows(model, read("test")[0], others, device)
 
     print_rows(checkpoints, form, data_dir, skip_unreadable, device, figures)
 

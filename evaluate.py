@@ -221,31 +221,48 @@ def density_scores(model, images: Tensor, device) -> dict[str, Tensor]:
 
     with seeded(0, device):
         scores = in_batches(energy_and_slope, images, device, 500, "scoring").cpu()
-    return dict(zip(("logp", "gradient"), scores.T, strict=True))
+    return dict(zip(("log p", "gradient"), scores.T, strict=True))
 
 
-def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Chance in percent that a score of `inside` (N,) exceeds one of `outside` (M,), ties half."""
-    from sklearn.metrics import roc_auc_score
+def detection(inside: Tensor, outside: Tensor) -> dict[str, float]:
+    """How well scores tell images of the model's data, `inside` (N,), from others (M,), in percent.
+
+    AUROC: chance that a score of `inside` exceeds one of `outside`, ties half. AUPR: area under
+    precision and recall (average precision), `inside` being what is to be found; by chance it is
+    N / (N + M). FPR95: share of `outside` that is let in by the threshold that lets in 95 % of
+    `inside`.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
 
     is_inside = np.repeat([1, 0], [len(inside), len(outside)])
-    return 100 * float(roc_auc_score(is_inside, torch.cat([inside, outside]).double().numpy()))
+    scores = torch.cat([inside, outside]).double().numpy()
+    threshold = np.sort(scores[: len(inside)])[len(inside) // 20]
+    figures = {
+        "AUROC": roc_auc_score(is_inside, scores),
+        "AUPR": average_precision_score(is_inside, scores),
+        "FPR95": (scores[len(inside) :] >= threshold).mean(),
+    }
+    return {name: round(100 * float(value), 2) for name, value in figures.items()}
 
 
-def ood_row(model, own: Tensor, others: dict[str, Tensor], device) -> dict[str, float]:
-    """AUROC of telling images `own` from each of `others`, uniform noise and constant images."""
+def ood_rows(model, own: Tensor, others: dict[str, Tensor], device) -> list[dict]:
+    """`detection` of images `own` against each of `others`, uniform noise and constant images.
+
+    A row for each and for both scores of `density_scores`. A constant image has one random level of
+    grey, from black to white, in all its pixels and channels.
+    """
     generator = torch.Generator().manual_seed(0)
     level = torch.randint(256, (len(own), 1, 1, 1), generator=generator)
     others = dict(others)
-    others["uniform"] = torch.randint(256, own.shape, generator=generator).byte()
+    others["uniform noise"] = torch.randint(256, own.shape, generator=generator).byte()
     others["constant"] = level.expand(own.shape).byte()
-    inside, row = density_scores(model, own, device), {}
+    inside, rows = density_scores(model, own, device), []
     for name, images in others.items():
         outside = density_scores(model, images, device)
-        row |= {
-            f"{name} {score}": round(auroc(inside[score], outside[score]), 2) for score in inside
-        }
-    return row
+        for score in inside:
+            figures = detection(inside[score], outside[score])
+            rows.append({"against": name, "score": score, **figures})
+    return rows
 
 
 def plane(points: np.ndarray) -> tuple[np.ndarray, str]:

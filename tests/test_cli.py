@@ -746,21 +746,18 @@ def test_probe_and_ood_print_a_row_a_checkpoint(trained, monkeypatch):
     assert list(first)[4:8] == ["1", "1 std", "1 scaled", "1 scaled std"]
     assert first["1"] < first["100"] < first["all"] <= 100
     assert first["1 std"] > 0 == first["all std"]
-    row = json.loads(run("ood", checkpoint, "--against", "glyphs", "--json").stdout)[0]
-    assert set(row) - set(first) == {
-        f"{name} {score}"
-        for name in ("glyphs", "uniform", "constant")
-        for score in ("logp", "gradient")
-    }
-    assert row["glyphs logp"] == row["glyphs gradient"] == 50  # against itself: all ties
+    found = json.loads(run("ood", checkpoint, "--against", "glyphs", "--json").stdout)
+    assert [row["against"] for row in found[::2]] == ["glyphs", "uniform noise", "constant"]
+    assert set(found[0]) - set(first) == {"against", "score", "AUROC", "AUPR", "FPR95"}
+    assert found[0]["AUROC"] == found[1]["AUROC"] == 50  # against itself: all ties
     monkeypatch.setattr(
         models.Conjugate, "energy", lambda self, x: x.diff(dim=-1).abs().mean((1, 2, 3))
     )  # roughness
-    row = json.loads(run("ood", checkpoint, "--json").stdout)[0]
-    assert (row["uniform logp"], row["constant logp"]) == (100, 0)
+    rows = json.loads(run("ood", checkpoint, "--json").stdout)
+    assert (rows[0]["AUROC"], rows[2]["AUROC"]) == (100, 0)
     table = run("ood", checkpoint, "--markdown").stdout.splitlines()
-    assert table[0].startswith("| checkpoint | model | data | updates | uniform logp |")
-    assert len(table) == 3
+    assert table[0].startswith("| checkpoint | model | data | updates | against | score | AUROC |")
+    assert len(table) == 6
 
 
 def test_probe_can_be_free_of_the_scale_of_the_latents(trained, tmp_path):
@@ -1153,7 +1150,8 @@ def test_new_images_are_encoded_scored_and_reconstructed(album, tmp_path):
     assert len(lines) == 22
     assert float(lines[3].split(",")[2]) == pytest.approx(mean[2, 0], rel=1e-4)
     row = json.loads(run("ood", checkpoint, "--against", dark, "--json").stdout)[0]
-    assert 0 <= row[f"{dark} logp"] <= 100
+    assert row["against"] == str(dark)
+    assert 0 <= row["AUROC"] <= 100
     shown = tmp_path / "given.png"
     result = run("sample", checkpoint, "--given", dark, "--steps", 1, "--out", shown)
     assert result.exit_code == 0, result.stderr

@@ -332,13 +332,24 @@ def test_a_scaled_probe_is_free_of_the_latents_place_and_scale_and_another_is_no
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 50), st.integers(1, 50), st.booleans())
-def test_auroc_is_the_share_of_pairs_in_the_right_order_ties_half(seed, n, m, ties):
+def test_detection_is_by_the_definitions_of_its_three_figures(seed, n, m, ties):
     generator = seeded(seed)
     a, b = torch.randn(n, generator=generator) + 0.3, torch.randn(m, generator=generator)
     if ties:
         a, b = a.round(), b.round()
     pairs = [(x > y) + (x == y) / 2 for x in a.tolist() for y in b.tolist()]
-    assert evaluate.auroc(a, b) == pytest.approx(100 * sum(pairs) / (n * m))
+    found = evaluate.detection(a, b)
+    assert found["AUROC"] == pytest.approx(100 * sum(pairs) / (n * m), abs=0.006)
+    # FPR95 and average precision by their definitions, threshold by threshold.
+    kept = [t for t in a.tolist() if (a >= t).double().mean() >= 0.95]
+    passed = (b >= max(kept)).double().mean().item()
+    assert found["FPR95"] == pytest.approx(100 * passed, abs=0.006)
+    area, recall = 0.0, 0.0
+    for t in sorted({*a.tolist(), *b.tolist()}, reverse=True):
+        hits, alarms = (a >= t).sum().item(), (b >= t).sum().item()
+        area += (hits / n - recall) * hits / (hits + alarms)
+        recall = hits / n
+    assert found["AUPR"] == pytest.approx(100 * area, abs=0.006)
 
 
 def test_density_scores_are_minus_the_energy_and_minus_its_gradients_length():
@@ -347,7 +358,7 @@ def test_density_scores_are_minus_the_energy_and_minus_its_gradients_length():
 
     scores = evaluate.density_scores(stand_in(energy=bowl), images := noise(7, 1, 4, 4), CPU)
     x = (images.float() / 127.5 - 1).flatten(1)
-    torch.testing.assert_close(scores["logp"], -x.square().sum(1) / 2)
+    torch.testing.assert_close(scores["log p"], -x.square().sum(1) / 2)
     torch.testing.assert_close(scores["gradient"], -x.norm(dim=1))
 
 
@@ -360,14 +371,18 @@ def test_an_ood_row_tells_images_from_each_other_set_from_noise_and_from_constan
 
     own = noise(200, 1, 4, 4) // 4
     others = {"light": 255 - own, "same": own}
-    row = evaluate.ood_row(stand_in(energy=energy), own, others, CPU)
-    assert list(row) == [
-        f"{name} {score}"
-        for name in ("light", "same", "uniform", "constant")
-        for score in ("logp", "gradient")
+    rows = evaluate.ood_rows(stand_in(energy=energy), own, others, CPU)
+    found = {(row["against"], row["score"]): row for row in rows}
+    assert list(found) == [
+        (name, score)
+        for name in ("light", "same", "uniform noise", "constant")
+        for score in ("log p", "gradient")
     ]
-    assert row["light logp"] == row["uniform logp"] == 100
-    assert row["same logp"] == row["same gradient"] == 50
+    for name in ("light", "uniform noise"):
+        row = found[name, "log p"]
+        assert (row["AUROC"], row["AUPR"], row["FPR95"]) == (100, 100, 0)
+    assert found["same", "log p"]["AUROC"] == found["same", "gradient"]["AUROC"] == 50
+    assert found["same", "log p"]["FPR95"] == pytest.approx(95, abs=1)
     shown, light, same, uniform, constant = seen
     assert torch.equal(shown, same)
     torch.testing.assert_close(light, -shown)
@@ -377,7 +392,7 @@ def test_an_ood_row_tells_images_from_each_other_set_from_noise_and_from_constan
         assert abs(values.mean()) < 5 * (1 / 3 / values.numel()) ** 0.5
         assert abs(values.var() - 1 / 3) < 0.05
     seen.clear()
-    assert evaluate.ood_row(stand_in(energy=energy), own, others, CPU) == row  # the same noise
+    assert evaluate.ood_rows(stand_in(energy=energy), own, others, CPU) == rows  # the same noise
 
 
 # Maps
