@@ -1,84 +1,105 @@
-"""The README's commands and code blocks run as printed, but for their length and their data."""
+"""README.md and docs/: commands and code run as printed, but for their length and their data; links
+lead somewhere; tables and measured rows agree."""
 
+import csv
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, run, tiny_data
+import torch
+from helpers import ROOT, options_for, run, tiny_data
+from PIL import Image
 
 import cebm
+import data
 
 README = (ROOT / "README.md").read_text()
-MANUAL = README[: README.index("## Results so far")]  # after it come results, not instructions
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["batch=8", "buffer=16", "steps=2", "channels=[4, 4, 4, 4]", "hidden=8", "latent=4"]
 SHORT += ["updates=1", "final_steps=0", "precision=float32", "decay=none", "compile=false"]
 
 
 def commands():
-    """What the manual says to type, of `cebm.py`: inline and as lines of their own."""
-    inline = re.findall(r"`(python cebm\.py [^`]+)`", MANUAL)
-    lines = re.findall(r"^    (?:.*&& )?(\S*(?:python|torchrun)\S* .*cebm\.py .+)$", MANUAL, re.M)
+    """What the README says to type, of `cebm.py`: inline and as lines of their own."""
+    inline = re.findall(r"`(python cebm\.py [^`]+)`", README)
+    lines = re.findall(r"^    (?:.*&& )?(\S*(?:python|torchrun)\S* .*cebm\.py .+)$", README, re.M)
     return list(dict.fromkeys(" ".join(command.split()) for command in inline + lines))
 
 
 def blocks():
-    return re.findall(r"```python\n(.*?)```", MANUAL, re.S)
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def short(preset):
+    return options_for(preset, [*SHORT, "bound=0"])
 
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """Where a reader types: a clone with small data sets, a run and a folder of images."""
-    tiny_data(monkeypatch)
+    """Where a reader types: a clone, small data sets, runs, folders of images."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    for name in map(str, range(5)):
-        (tmp_path / "DIR" / "train" / name).mkdir(parents=True)
-    result = run("train", "--preset", "cebm-fmnist", *short())
-    assert result.exit_code == 0, result.stderr
-
-
-def short():
-    return [part for setting in SHORT for part in ("--set", setting)]
+    for name in ("DIR/cat", "DIR/dog", "NEW"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (9, 9), (i, 200, 9 * i)).save(tmp_path / name / f"{i}.png")
+    folder = ["--preset", "cebm-folder-fast", "--data-dir", "DIR", *short("cebm-folder-fast")]
+    assert run("train", *folder).exit_code == 0
+    real = data.load
+    tiny_data(monkeypatch)
+    tiny = data.load
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        data, "load", lambda name, *rest: (real if name == "folder" else tiny)(name, *rest)
+    )
+    for preset in ("cebm-fmnist", "cebm-fmnist-fast"):
+        result = run("train", "--preset", preset, *short(preset))
+        assert result.exit_code == 0, result.stderr
 
 
 def test_the_manual_has_every_command():
     named = {command.split("cebm.py ")[1].split()[0] for command in commands()}
-    assert named == {"train", "sample", "knn", "probe", "ood", "export", "show"}
+    assert named == set(cebm.main.commands)
 
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_the_readme_runs(command, reader):
-    arguments = shlex.split(command.split("cebm.py ")[1].replace("[PRESET or CKPT]", ""))
-    names = {"CKPT": "runs/cebm-fmnist/ckpt.pt", "CKPT...": "runs/cebm-fmnist/ckpt.pt"}
-    arguments = [names.get(argument, argument) for argument in arguments]
-    if arguments == ["show", "NAME"]:
-        arguments[1] = "quickstart"
+    arguments = shlex.split(command.split("cebm.py ")[1])
+    run_of = "runs/cebm-fmnist"
+    names = {"CKPT": [f"{run_of}/ckpt.pt"], "CKPT...": [f"{run_of}/ckpt.pt"], "RUN...": [run_of]}
+    arguments = [part for argument in arguments for part in names.get(argument, [argument])]
     if arguments[0] == "train":
-        arguments += short()
-        if "--set" in arguments and "--init-from" in arguments:
+        preset = arguments[arguments.index("--preset") + 1] if "--preset" in arguments else ""
+        arguments += short(preset or "quickstart")
+        if "--init-from" in arguments:
             arguments += ["--set", "updates=2"]
-    if "cebm-folder" in arguments:
-        arguments += ["--set", "classes=10"]  # as many as the small data have
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize("block", blocks())
 def test_a_code_block_of_the_readme_runs(block, reader):
-    if "train.npz" in block:
-        for split in ("train", "test"):
-            options = ("--split", split, "--out", f"{split}.npz")
-            assert run("export", "runs/cebm-fmnist/ckpt.pt", *options).exit_code == 0
     scope = {}
+    torch.manual_seed(0)
     exec(compile(block, "README.md", "exec"), scope)
-    if "z" in scope:
-        assert scope["z"].shape == (20, 128)
-        assert np.isfinite(scope["energies"].numpy()).all()
+    if "found" in scope:
+        found = scope["found"]
+        assert {name: array.shape for name, array in found.items()} == {
+            "mean": (20, 128),
+            "std": (20, 128),
+            "energy": (20,),
+        }
+        assert found["energy"][scope["odd"]].min() >= np.median(found["energy"])
+    else:
+        assert scope["loss"].isfinite()
 
 
 def test_the_readmes_two_lines_name_files_that_are_there_and_ci_runs_the_second():
-    lines = re.findall(r"^    (python3 -m venv .*)$", MANUAL, re.M)
+    lines = re.findall(r"^    (python3 -m venv .*)$", README, re.M)
     assert len(lines) == 2
     for line in lines:
         assert (ROOT / re.search(r"-r (\S+)", line)[1]).exists()
@@ -89,9 +110,61 @@ def test_the_readmes_two_lines_name_files_that_are_there_and_ci_runs_the_second(
     assert f'"$venv/bin/python" {tested}' in ci
 
 
-def test_every_setting_that_the_manual_shows_is_a_right_value_of_a_known_key():
-    settings = re.findall(r'--set\s+(?:"([^"]+)"|([^\s`]+))', MANUAL)
-    assert len(settings) > 20
-    for setting in {"".join(pair) for pair in settings} - {"train.seed=N"}:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_and_preset_that_a_page_shows_is_right(page):
+    text = page.read_text()
+    settings = re.findall(r'--set\s+(?:"([^"]+)"|([^\s`|]+))', text)
+    for setting in {"".join(pair) for pair in settings} - {"SECTION.KEY=VALUE"}:
         key, value = cebm.parse_setting(setting)
         cebm.parse_value(key, value)
+    known = cebm.read_recipes()["presets"]
+    for preset in re.findall(r"--preset ([\w-]+)", text):
+        assert preset in known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_of_a_page_leads_to_a_file(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    for link in links:
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.splitlines()) <= 250
+    assert len(README.encode()) <= 16_384
+
+
+def experiments():
+    with open(ROOT / "docs/experiments.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+PERCENT = ["knn", "knn_whitened", "knn_untrained", "knn_untrained_whitened", "knn_pixels"]
+PERCENT += ["probe_1", "probe_10", "probe_100", "probe_all"]
+
+
+def test_every_row_of_the_experiments_has_a_known_preset_known_keys_and_numbers():
+    presets = cebm.read_recipes()["presets"]
+    rows = experiments()
+    assert len(rows) > 100
+    for row in rows:
+        assert row["study"], row
+        assert None not in row, row  # more cells than columns
+        assert row["preset"] in presets, row
+        for setting in re.findall(r'--set (?:"([^"]+)"|(\S+))', row["settings"]):
+            key, value = cebm.parse_setting("".join(setting))
+            cebm.parse_value(key, value)
+        for column in ("seed", "updates", "rollbacks", "seconds"):
+            assert row[column] == "" or int(row[column]) >= 0, row
+        for column in PERCENT:
+            assert row[column] == "" or 0 <= float(row[column]) <= 100, row
+        assert row["gap"] == "" or np.isfinite(float(row["gap"]))
+        for score in filter(None, row["auroc"].split(";")):
+            assert 0 <= float(score.rpartition(":")[2]) <= 100, row
+
+
+def test_the_tables_of_the_pages_are_those_of_the_experiments():
+    command = [sys.executable, ROOT / "docs/tables.py", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
