@@ -663,6 +663,7 @@ class Evaluable(TypedDict, total=False):
     precision: str  # of convolutions: float32 or bfloat16
     device: str
     data_dir: str  # where the data were, "" if embedded
+    classes: list[str]  # their names, of a folder
     torch: str  # versions
     python: str
 
@@ -811,11 +812,21 @@ def require_sound_archive(path) -> None:
             raise ValueError(f"{damaged} is damaged")
 
 
-def complete_and_check(state: dict) -> None:
-    """ValueError or UsageError unless `state` is a `Checkpoint` of a right configuration.
+def with_newer_keys(tree: object) -> dict[str, dict]:
+    """A configuration with the keys that it lacks, since they came later, as in recipes.common.
 
-    Keys that its configuration lacks, since they came later, get the value of recipes.common.
+    ValueError if a whole section is missing.
     """
+    complete = {}
+    for section, values in read_recipes()["recipes"]["common"].items():
+        if not isinstance(tree, dict) or not isinstance(tree.get(section), dict):
+            raise ValueError(f"config.{section} is missing")
+        complete[section] = dict(values) | tree[section]
+    return {**tree, **complete}
+
+
+def complete_and_check(state: dict) -> None:
+    """ValueError or UsageError unless `state` is a `Checkpoint` of a right configuration."""
     hints = get_type_hints(Checkpoint)
     for key in REQUIRED:
         if key not in state:
@@ -825,10 +836,7 @@ def complete_and_check(state: dict) -> None:
             raise ValueError(f"{key} is of another type, or larger than the file")
     if state["format"] not in (FORMAT, *EARLIER_FORMATS):
         raise ValueError(f"it is of format {state['format']}")
-    for section, values in read_recipes()["recipes"]["common"].items():
-        if section not in state["config"]:
-            raise ValueError(f"config.{section} is missing")
-        state["config"][section] = dict(values) | state["config"][section]
+    state["config"] = with_newer_keys(state["config"])
     config = parse_config(state["config"])
     check(config)
     if state["updates"] < 0:
@@ -889,6 +897,7 @@ def new_model(config: Config, device="cpu"):
     require_memory(config, device)
     with evaluate.seeded(config.train.seed, torch.device("cpu")):
         model = models.build(config.model, config.data.image, config.data.classes)
+    model.image_shape = config.data.image
     return model.to(device, memory_format=torch.channels_last)
 
 
@@ -935,7 +944,8 @@ def load_images(config: Config, split: str, data_dir: str) -> tuple[Tensor, Tens
     )
     found = int(labels.max()) + 1
     if found > settings.classes or (split == "train" and found < settings.classes):
-        raise Failure(f"{settings.name} ({split}) has {found} classes, not {settings.classes}")
+        where = data_dir if data.DATASETS[settings.name].classes is None else settings.name
+        raise Failure(f"{where} ({split}) has {found} classes, not {settings.classes}")
     return images, labels
 
 
@@ -948,16 +958,30 @@ def count_classes(config: Config, data_dir: str) -> Config:
     """`config` with the number of classes that a folder has, unless it has one."""
     if config.data.classes or data.DATASETS[config.data.name].classes is not None:
         return config
-    names = data.class_names(config.data.name, data_dir, 0, folder_options(config))
+    names = folder_classes(config, data_dir)
     return replace(config, data=replace(config.data, classes=len(names)))
+
+
+def folder_classes(config: Config, data_dir: str) -> list[str] | None:
+    """The names of a folder's classes, None of other data."""
+    if data.DATASETS[config.data.name].classes is not None:
+        return None
+    return data.class_names(config.data.name, data_dir, 0, folder_options(config))
 
 
 def data_place(state: Checkpoint, data_dir: str | None) -> str:
     """Where the data of a checkpoint are: as the command says, or where they were in training."""
     remembered = state.get("data_dir")
-    if data_dir is None and remembered and os.path.isdir(remembered):
+    if data_dir is not None:
+        return data_dir
+    if remembered and os.path.isdir(remembered):
         return remembered
-    return data_dir or "data"
+    if remembered and data.DATASETS[state["config"]["data"]["name"]].classes is None:
+        raise Failure(
+            f"the images that the model was trained on were in {remembered}, which is no folder "
+            "any more: say with --data-dir where they are now"
+        )
+    return "data"
 
 
 # ------------------------------------------------------------------------------------- Training
@@ -1365,7 +1389,9 @@ class Stop:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if kind is KeyboardInterrupt:
-            raise Failure("ended without saving; the same command goes on from what was saved")
+            failure = Failure("ended without saving what came after the last checkpoint")
+            failure.exit_code = 130
+            raise failure
 
     def take(self, *_) -> None:
         """A signal has come."""
@@ -1618,6 +1644,7 @@ class RunFolder:
     device: str
     data_dir: str
     writes: bool  # of several processes the first alone
+    classes: list[str] | None = None  # the names of a folder's
 
     @property
     def checkpoint(self) -> Path:
@@ -1655,6 +1682,7 @@ class RunFolder:
             "precision": self.precision,
             "device": self.device,
             "data_dir": os.path.abspath(self.data_dir) if self.data_option else "",
+            **({} if self.classes is None else {"classes": self.classes}),
             "torch": str(torch.__version__),
             "python": sys.version.split()[0],
         }
@@ -1794,6 +1822,8 @@ def obstacles_to_resuming(old: Config, new: Config) -> dict[str, str]:
     harmless = ["train.compile", "train.threads", "train.log_every", "train.pictures"]
     if old.train.evaluate_every and new.train.evaluate_every:
         harmless.append("train.evaluate_every")
+    if new.data.skip_unreadable:  # all could be read when the run began
+        harmless.append("data.skip_unreadable")
     flat = all(c.train.decay == "none" and not c.chains.final_steps for c in (old, new))
     if flat and old.train.updates < new.train.updates:
         harmless.append("train.updates")
@@ -1997,6 +2027,7 @@ def train_run(
             device.type,
             data_dir,
             writes=first,
+            classes=folder_classes(config, data_dir),
         )
         trainer = Trainer(config, images, labels, device, precision, processes)
         guard = Guard(config, trainer.state_dict(), processes)
@@ -2057,7 +2088,7 @@ def megabytes(count: int) -> str:
 
 def read_curves(text: str, config: Config) -> dict[str, list[float]]:
     """The columns of a log, empty cells as NaN, and the learning rate."""
-    rows = list(csv.DictReader(text.splitlines()))
+    rows = [row for row in csv.DictReader(text.splitlines()) if None not in row.values()]
     columns = (
         {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in rows[0]}
         if rows
@@ -2076,7 +2107,8 @@ def farewell(trainer: Trainer, folder: RunFolder) -> str:
     if trainer.update < trainer.config.train.updates:
         there = folder.checkpoint.exists()
         return f"interrupted; {'the same command resumes from' if there else 'nothing at'} {path}"
-    knn = shlex.join(["python", "cebm.py", "knn", path, *folder.data_option])
+    first = "knn" if trainer.config.data.classes > 1 else "export"
+    knn = shlex.join(["python", "cebm.py", first, path, *folder.data_option])
     sample = shlex.join(["python", "cebm.py", "sample", path])
     return f"done: {path}\nnow try:\n  {knn}\n  {sample}"
 
@@ -2126,9 +2158,17 @@ def parse_device(_context, _parameter, name: str):
         raise click.UsageError(f"--device {name}{hint}") from error
 
 
+def refuse_empty(_context, parameter, value: str | None) -> str | None:
+    """An empty name is an unset variable of a shell rather than a wish."""
+    if value == "":
+        raise click.UsageError(f"{parameter.opts[0]} is empty")
+    return value
+
+
 CHECKPOINT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
 DATA_DIR = click.option(
     "--data-dir",
+    callback=refuse_empty,
     help="Where data are, or are downloaded to.  [default: where they were in training, or data]",
 )
 SKIP_UNREADABLE = click.option(
@@ -2176,8 +2216,14 @@ class Reader:
 
     config: Config
     data_dir: str
+    classes: list[str] | None = None  # of a folder, when the model was trained
 
     def __call__(self, split: str) -> tuple[Tensor, Tensor]:
+        if self.classes is not None and (names := self.names()) != self.classes:
+            raise Failure(
+                f"{self.data_dir} has the classes {', '.join(names)}; when the model was trained "
+                f"they were {', '.join(self.classes)}. (`export --images` takes any images)"
+            )
         return load_images(self.config, split, self.data_dir)
 
     def names(self) -> list[str]:
@@ -2191,7 +2237,7 @@ def reader_of(config: Config, state: Checkpoint, data_dir: str | None, skip_unre
     """A `Reader` for the data of a checkpoint, where they are and how the command wants them."""
     if skip_unreadable:
         config = replace(config, data=replace(config.data, skip_unreadable=True))
-    return Reader(config, data_place(state, data_dir))
+    return Reader(config, data_place(state, data_dir), state.get("classes"))
 
 
 def print_rows(
@@ -2240,7 +2286,7 @@ def refuse_unusable_options(name: str) -> None:
         usable |= {"--given": False, "--from": False}
     if "--trace" in used and chains:
         name += " with --trace"
-    if "--given" in used and kind.posterior:
+    if "--given" in used and kind.posterior and "--trace" not in used:
         name += " with --given"
         # Its chains start from noise, as many as images; one sweep of Gibbs draws from p(x | z).
         usable |= {"--count": False, "--from": False}
@@ -2333,6 +2379,7 @@ def require_outside(folder: Path, images: Path) -> None:
 )
 @click.option(
     "--given",
+    callback=refuse_empty,
     metavar="N or PATH",
     help="Draw from p(x | z), z the latents of N test images, or of your images at PATH.",
 )
@@ -2377,7 +2424,7 @@ def sample(
     model, config, state = load_model(checkpoint, device)
     refuse_unusable_options(config.model.name)
     originals = None
-    if given:
+    if given is not None:
         place = data_place(state, data_dir)
         originals = find_originals(config, given, place, skip_unreadable).to(device)
     generator = torch.Generator(device).manual_seed(stream_seed("sample", seed))
@@ -2473,7 +2520,7 @@ def chain_start(config: Config, state, source: str, originals, count: int, seed:
     """Where chains start: what it is called, images (N, C, H, W)."""
     buffer = state.get("buffer")
     if originals is not None and models.MODELS[config.model.name].chains == "gibbs":
-        return "test images", originals
+        return "the images above", originals
     if originals is not None:
         count = len(originals)
     elif source == "buffer" and buffer is not None:
@@ -2585,7 +2632,8 @@ def ood(checkpoints, form, data_dir, skip_unreadable, device, against):
     """
     for name in against:
         if name not in data.DATASETS and not os.path.exists(name):
-            raise click.UsageError(f"--against {name}{nearest_word(name, data.DATASETS)}")
+            near = nearest_word(name, set(data.DATASETS) - {"folder"})
+            raise click.UsageError(f"--against {name}: there is no such file or folder{near}")
 
     def figures(model, config, read):
         if not models.MODELS[config.model.name].density:
@@ -2687,13 +2735,17 @@ def find_curves(path: Path) -> dict[str, list[float]]:
         text, config = state.get("log", ""), parse_config(state["config"])
     else:
         try:
-            text = (path / "log.csv").read_text()
-            config = parse_config(yaml.safe_load((path / "config.yaml").read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            tree = yaml.safe_load((path / "config.yaml").read_text())
+            config = parse_config(with_newer_keys(tree))
+            log = path / "log.csv"
+            text = log.read_text(encoding="utf-8-sig") if log.exists() else ""
+        except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
             raise Failure(f"{path} is no run folder ({first_line(error)})") from error
+        except click.UsageError as error:
+            raise Failure(f"{path}/config.yaml: {error.message}") from error
     try:
         columns = read_curves(text, config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise Failure(f"the log of {path} is damaged ({first_line(error)})") from error
     if not columns["update"]:
         raise Failure(f"{path} has logged nothing yet")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import sys
 import zlib
 from collections import Counter
@@ -213,6 +214,8 @@ class Folder:
         files = self.train if name == "train" else self.test
         if files is None:
             raise DataError(f"{self.root / name} is no folder. {WHERE_IMAGES_BELONG}")
+        if not any(files.values()):
+            raise DataError(f"{self.root} has no images for the split {name}")
         return files
 
 
@@ -244,7 +247,9 @@ def find_folder(root: Path, split_seed: int = 0) -> Folder:
         )
     else:
         layout, found = "DIR/CLASS", find_classes(root)
-        if not any(found.values()):
+        if any(found.values()):
+            require_classes(root, [name for name, files in found.items() if files])
+        else:
             layout, found = "DIR, unlabelled", {UNLABELLED: find_images(root, outside(root))}
         found = {name: files for name, files in found.items() if files}
         train, test = split_classes(found, root, split_seed)
@@ -252,6 +257,30 @@ def find_folder(root: Path, split_seed: int = 0) -> Folder:
         endings = ", ".join(sorted(ENDINGS))
         raise DataError(f"{root} has no images ({endings}). {WHERE_IMAGES_BELONG}")
     return Folder(root, layout, train, test, is_split=not given)
+
+
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+
+
+def require_classes(root: Path, names: list[str]) -> None:
+    """DataError where folders with images are hardly classes, so that labels would be wrong."""
+    listed = ", ".join(names)
+    if {name.lower() for name in names} <= SPLITS:
+        raise DataError(
+            f"{root} has the folders {listed}: a split has to be called `train` and `test`, both "
+            "with a folder a class or both without"
+        )
+    if len(names) == 1 and any(find_classes(root / names[0]).values()):
+        raise DataError(
+            f"{root} has only {names[0]}, which has folders of its own: name {root / names[0]} if "
+            "these are the classes, or move the images up if there are none"
+        )
+    beside = [path for path in entries(root) if path.is_file() and path.suffix.lower() in ENDINGS]
+    if beside:
+        raise DataError(
+            f"{root} has {len(beside)} images beside the folders {listed}, which are its classes: "
+            "move the ones or the others elsewhere"
+        )
 
 
 def describe_folder(root: Path, options: FolderOptions) -> str:
@@ -262,11 +291,13 @@ def describe_folder(root: Path, options: FolderOptions) -> str:
         classes = "no classes"
     else:
         listed = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:12])
-        classes = f"{len(counts)} classes: {listed}{', ...' if len(counts) > 12 else ''}"
+        word = "class" if len(counts) == 1 else "classes"
+        classes = f"{len(counts)} {word}: {listed}{', ...' if len(counts) > 12 else ''}"
     test = 0 if folder.test is None else sum(map(len, folder.test.values()))
     how = ""
     if folder.is_split:
-        how = f", a fifth of each class, chosen by data.split_seed = {options.split_seed}"
+        of_what = "of all" if UNLABELLED in counts else "of each class"
+        how = f", a fifth {of_what}, chosen by data.split_seed = {options.split_seed}"
     return (
         f"{root}, laid out as {folder.layout}: {sum(counts.values())} images to train on, "
         f"{test} to test{how}; {classes}"
@@ -298,14 +329,19 @@ def outside(folder: Path) -> set[Path]:
     return set(folder.resolve().parents)
 
 
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, by name, without hidden things; DataError if it cannot be read."""
+    try:
+        return [path for path in sorted(folder.iterdir()) if is_shown(path)]
+    except OSError as error:
+        reason = f"{error.strerror}: make it readable, or move it elsewhere"
+        raise DataError(f"{folder} cannot be read ({reason})") from error
+
+
 def subfolders(folder: Path) -> list[Path]:
     """The folders in a folder, by name, without links to itself or to what is around it."""
     around = {folder.resolve(), *outside(folder)}
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if is_shown(path) and path.is_dir() and path.resolve() not in around
-    ]
+    return [p for p in entries(folder) if p.is_dir() and p.resolve() not in around]
 
 
 def find_classes(folder: Path) -> dict[str, list[Path]]:
@@ -334,9 +370,7 @@ def find_images(folder: Path, seen: set[Path]) -> list[Path]:
         return []
     seen.add(folder.resolve())
     images, files = [], set()
-    for path in sorted(folder.iterdir()):
-        if not is_shown(path):
-            continue
+    for path in entries(folder):
         if path.is_dir():
             images += find_images(path, seen)
         elif path.suffix.lower() in ENDINGS and path.is_file() and path.resolve() not in files:
@@ -366,7 +400,12 @@ def read_folder(split: str, root: Path, shape, options: FolderOptions) -> tuple[
     paths = [path for files in classes.values() for path in files]
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
     images, read = read_images(paths, shape, options.skip_unreadable)
-    return images, torch.tensor(labels, dtype=torch.long)[read]
+    labels = torch.tensor(labels, dtype=torch.long)[read]
+    left = labels.bincount(minlength=len(classes)).tolist()
+    for (name, files), count in zip(classes.items(), left, strict=True):
+        if files and not count:
+            raise DataError(f"{root}: no image of the class {name} can be read ({split})")
+    return images, labels
 
 
 def read_images(paths: list[Path], shape, skip_unreadable=False) -> tuple[Tensor, list[int]]:
@@ -416,7 +455,9 @@ def report_unreadable(problems: list[str], count: int, skip: bool, most: int = 2
     if len(problems) > most:
         listed.append(f"  and {len(problems) - most} more")
     lines = "\n".join([f"{len(problems)} of {count} images cannot be read:", *listed])
-    if not skip or len(problems) == count:
+    if len(problems) == count:
+        raise DataError(f"{lines}\nThere is no other")
+    if not skip:
         raise DataError(f"{lines}\nReplace or delete them, or go on with --skip-unreadable")
     echo(f"{lines}\nThey are left out")
 
@@ -444,7 +485,8 @@ def progress(items, length: int, label: str):
 
     The bar vanishes at the end.
     """
-    hidden = not label or length < 2 or not sys.stderr.isatty()
+    narrow = shutil.get_terminal_size().columns < 75  # a longer line would begin anew each time
+    hidden = not label or length < 2 or narrow or not sys.stderr.isatty()
     options = {"file": sys.stderr, "hidden": hidden, "width": 24, "update_min_steps": length // 100}
     with click.progressbar(items, length, label, **options) as shown:
         yield shown

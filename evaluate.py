@@ -77,7 +77,13 @@ def latents(model, images, device="cpu", with_std=True, with_energy=True) -> dic
         columns["energy"] = model.energy
     if with_std:
         columns["std"] = lambda x: model.posterior(x).variance.sqrt()
-    device = torch.device(device)
+    device, images = torch.device(device), as_pixels(images)
+    wanted = getattr(model, "image_shape", images.shape[1:])
+    if tuple(images.shape[1:]) != tuple(wanted):
+        raise ValueError(
+            f"images of {tuple(images.shape[1:])} (channels, height, width): the model is for "
+            f"{tuple(wanted)}"
+        )
     with seeded(0, device):
         return {
             name: in_batches(f, images, device, label=name).cpu().numpy()
@@ -253,11 +259,10 @@ def ood_rows(model, own: Tensor, others: dict[str, Tensor], device) -> list[dict
     """
     generator = torch.Generator().manual_seed(0)
     level = torch.randint(256, (len(own), 1, 1, 1), generator=generator)
-    others = dict(others)
-    others["uniform noise"] = torch.randint(256, own.shape, generator=generator).byte()
-    others["constant"] = level.expand(own.shape).byte()
+    noise = torch.randint(256, own.shape, generator=generator).byte()
+    built_in = [("uniform noise", noise), ("constant", level.expand(own.shape).byte())]
     inside, rows = density_scores(model, own, device), []
-    for name, images in others.items():
+    for name, images in [*others.items(), *built_in]:
         outside = density_scores(model, images, device)
         for score in inside:
             figures = detection(inside[score], outside[score])
@@ -458,6 +463,8 @@ def map_figure(points: np.ndarray, labels, names: list[str], title: str, method:
         Line2D([], [], marker="o", linestyle="", color=colour, label=f" {printable(name)[:15]}")
         for colour, name in zip(palette[:90], names, strict=False)
     ]
+    if not any(names):
+        return figure
     place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
     legend = axes.legend(handles=entries, ncols=columns, fontsize=8, **place)
     for text in legend.get_texts():
@@ -486,12 +493,14 @@ def curves_figure(runs: dict[str, dict[str, list[float]]]) -> Figure:
     """Learning curves of runs over each other, a panel a kind; vertical lines are rollbacks.
 
     A run is columns of its log (`update`, `rollbacks` and some of `PANELS`), NaN where it has no
-    value. The loss is shown where no run has energies.
+    value. The loss is shown where a run has no energies.
     """
-    has = {name for columns in runs.values() for name in columns}
-    panels = {title: lines for title, lines in PANELS.items() if has & set(lines)}
-    if "energy" in panels:
-        del panels["loss"]
+    has = [{k for k, v in columns.items() if np.isfinite(v).any()} for columns in runs.values()]
+    panels = {
+        title: lines for title, lines in PANELS.items() if any(own & set(lines) for own in has)
+    }
+    if all("energy_data" in own for own in has):
+        panels.pop("loss", None)
     figure = new_figure(12, 3 * -(-len(panels) // 2))
     palette = [f"C{i % 10}" for i in range(len(runs))]
     grid = list(figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat)
@@ -524,6 +533,7 @@ def draw_curves(axes, columns: dict[str, list[float]], lines: dict[str, str], co
         if name in columns:
             value = np.asarray(columns[name])
             shown = ~np.isnan(value)
-            axes.plot(update[shown], value[shown], how, color=colour, linewidth=1)
+            marker = "." if shown.sum() < 30 else None  # a single point has no line
+            axes.plot(update[shown], value[shown], how, color=colour, linewidth=1, marker=marker)
     for place in update[np.diff(rollbacks, prepend=0) > 0]:
         axes.axvline(place, color=colour, linestyle=":", linewidth=0.8)

@@ -211,6 +211,8 @@ class ReplayBuffer:
 
         The images are what chains restart from. `store` puts the moved chains back.
         """
+        if len(x) > len(self.images):
+            raise ValueError(f"a batch of {len(x)} from a buffer of {len(self.images)} chains")
         place = {"generator": self.generator, "device": self.generator.device}
         slots = torch.randperm(len(self.images), **place)[: len(x)]
         chance = torch.rand((len(x), 1, 1, 1), **place)

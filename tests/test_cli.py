@@ -425,7 +425,7 @@ def test_a_second_ctrl_c_ends_a_long_update_at_once_and_keeps_the_last_checkpoin
     process.send_signal(signal.SIGINT)
     assert "saving after this update" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=60) == 130
     assert "ended without saving" in process.stderr.read()
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert cebm.load_checkpoint(tmp_path / "long/ckpt.pt")["updates"] == 4
@@ -824,7 +824,8 @@ def test_every_preset_trains_and_is_evaluated(preset, tmp_path, monkeypatch):
     state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
     assert state["preset"] == preset
     assert all(v.isfinite().all() for v in state["model"].values())
-    row = json.loads(run("knn", tmp_path / "ckpt.pt", "--json").stdout)[0]
+    place = ("--data-dir", tmp_path)  # any: the images are made up
+    row = json.loads(run("knn", tmp_path / "ckpt.pt", "--json", *place).stdout)[0]
     assert (row["data"], row["updates"]) == (cebm.compose(preset).data.name, 1)
 
 
@@ -1130,6 +1131,23 @@ def test_a_checkpoint_remembers_where_its_folder_and_split_are(album, tmp_path):
         assert arrays["labels"].tolist() == [0] * 4 + [1] * 4
 
 
+def test_a_folder_that_moved_or_has_other_classes_is_not_taken_for_the_models(album, tmp_path):
+    root, _ = album
+    shutil.copytree(root, tmp_path / "copy")
+    moved = tmp_path / "copy/run/ckpt.pt"
+    state = torch.load(moved, weights_only=True)
+    torch.save(state | {"data_dir": str(tmp_path / "gone")}, moved)
+    out = ("--out", tmp_path / "l.npz")
+    refused = run("export", moved, *out)
+    assert refused.exit_code == 1
+    assert f"were in {tmp_path}/gone, which is no folder any more" in refused.stderr
+    assert run("export", moved, *out, "--data-dir", root / "images").exit_code == 0
+    (tmp_path / "copy/images/light").rename(tmp_path / "copy/images/bright")
+    renamed = run("export", moved, *out, "--data-dir", tmp_path / "copy/images")
+    assert renamed.exit_code == 1
+    assert "has the classes bright, dark; when the model was trained" in renamed.stderr
+
+
 def test_new_images_are_encoded_scored_and_reconstructed(album, tmp_path):
     root, _ = album
     checkpoint, dark = root / "run/ckpt.pt", root / "images/dark"
@@ -1234,6 +1252,20 @@ def test_curves_are_drawn_by_the_run_and_of_several_runs_over_each_other(trained
     assert columns["update"] == list(range(3, 25, 3))
     config = cebm.parse_config(cebm.load_checkpoint(trained / "ckpt.pt")["config"])
     assert columns["rate"][0] == cebm.learning_rate(3, config.train)
+    older = tmp_path / "older"
+    older.mkdir()
+    tree = yaml.safe_load((trained / "config.yaml").read_text())
+    del tree["data"]["split_seed"], tree["model"]["t1_scale"]  # as before there were these keys
+    (older / "config.yaml").write_text(yaml.safe_dump(tree))
+    log = (trained / "log.csv").read_text()
+    (older / "log.csv").write_text(log + "27,3")  # torn
+    assert cebm.find_curves(older) == columns
+    (older / "log.csv").write_text(log.replace("\n24,", "\ninf,"))
+    damaged = run("curves", older, "--out", out)
+    assert damaged.exit_code == 1
+    assert "is damaged" in damaged.stderr
+    (older / "log.csv").unlink()
+    assert "has logged nothing yet" in run("curves", older, "--out", out).stderr
     for wrong, says in (
         (tmp_path, "is no run folder"),
         (ROOT / "checkpoints/cebm-mnist.pt", "has logged nothing"),

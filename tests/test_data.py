@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import struct
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -459,6 +460,53 @@ def test_a_given_split_without_classes_is_unlabelled_too(tmp_path):
     write_classes(tmp_path, {"train": 5, "test": 3})
     assert levels("train", tmp_path) == ([0, 1, 2, 3, 4], [0] * 5)
     assert levels("test", tmp_path) == ([5, 6, 7], [0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [
+        ({"Train/cat": 3, "Test/cat": 3}, "a split has to be called"),
+        ({"train": 3, "test": 3, "val": 3}, "a split has to be called"),
+        ({"data/cat": 3, "data/dog": 3}, "name .*/data if"),
+        ({"": 3, "thumbs": 3}, "3 images beside the folders thumbs"),
+        ({"notes/": 0}, "has no images"),
+    ],
+)
+def test_a_layout_that_is_nearly_one_of_the_three_is_refused(tmp_path, counts, says):
+    write_classes(tmp_path, counts)
+    with pytest.raises(data.DataError, match=says):
+        data.find_folder(tmp_path)
+
+
+def test_a_folder_too_small_for_a_test_split_says_so(tmp_path):
+    write_classes(tmp_path, {"cat": 1, "dog": 1})
+    assert levels("train", tmp_path)[0] == [0, 1]
+    with pytest.raises(data.DataError, match="no images for the split test"):
+        levels("test", tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write_classes(tmp_path, {"cat": 2, "lost+found": 1})
+    honest = Path.iterdir
+
+    def iterdir(self):
+        if self.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return honest(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(data.DataError, match=r"lost\+found cannot be read \(Permission denied"):
+        data.find_folder(tmp_path)
+
+
+def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path):
+    write_classes(tmp_path / "train", {"cat": 2, "dog": 1})
+    (tmp_path / "train/dog/0.png").write_text("no picture")
+    options = data.FolderOptions(skip_unreadable=True)
+    with pytest.raises(data.DataError, match="no image of the class dog"):
+        data.load("folder", "train", tmp_path, (1, 8, 8), options=options)
+    with pytest.raises(data.DataError, match="There is no other"):
+        data.read_images([tmp_path / "train/dog/0.png"], (1, 8, 8), True)
 
 
 def test_a_class_may_be_called_train(tmp_path):

@@ -395,6 +395,33 @@ def test_an_ood_row_tells_images_from_each_other_set_from_noise_and_from_constan
     assert evaluate.ood_rows(stand_in(energy=energy), own, others, CPU) == rows  # the same noise
 
 
+def test_somebodys_images_called_constant_are_scored_beside_the_built_in_ones():
+    own = noise(20, 1, 4, 4) // 4
+    model = stand_in(energy=lambda x: x.flatten(1).mean(1) ** 3)
+    rows = evaluate.ood_rows(model, own, {"constant": 255 - own}, CPU)
+    assert [row["against"] for row in rows[::2]] == ["constant", "uniform noise", "constant"]
+    assert rows[0]["AUROC"] == 100 > rows[4]["AUROC"]
+
+
+def test_images_of_another_size_than_the_models_are_refused_by_their_shapes():
+    model = stand_in(represent=lambda x: x.flatten(1))
+    model.image_shape = (1, 28, 28)
+    with pytest.raises(ValueError, match=r"\(1, 27, 27\).* the model is for \(1, 28, 28\)"):
+        evaluate.latents(model, noise(2, 1, 27, 27), with_std=False, with_energy=False)
+
+
+def test_a_curve_of_one_point_is_a_dot_and_what_no_run_has_gets_no_panel():
+    nan = float("nan")
+    short = {"update": [5.0], "rollbacks": [0.0], "loss": [1.0], "rate": [0.1], "knn": [nan]}
+    energies = {**short, "energy_data": [1.0], "energy_chains": [2.0], "gap": [-1.0]}
+    alone = evaluate.curves_figure({"a": short})
+    titles = [axes.get_title() for axes in alone.axes]
+    assert titles == ["loss", "learning rate"]
+    assert alone.axes[0].lines[0].get_marker() == "."
+    together = [a.get_title() for a in evaluate.curves_figure({"a": short, "b": energies}).axes]
+    assert together == ["energy", "loss", "gap of energies", "learning rate"]
+
+
 # Maps
 
 
