@@ -1513,6 +1513,8 @@ class RunLog:
             parts.append(f"{rollbacks} rollback{'s' * (rollbacks > 1)}")
         if "pixel_min" in figures:
             parts.append(f"pixels {figures['pixel_min']:.2g} to {figures['pixel_max']:.2g}")
+        if self.score:
+            parts.append(f"whitened {self.score['knn_whitened']:.1f}")
         rate = learning_rate(max(1, update), train, trainer.halvings)
         return [*parts, f"rate {rate:.2g}", f"{self.speed:.3g}/s"]
 
@@ -1583,7 +1585,7 @@ def in_words(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-SCORES = "knn", "knn_untrained", "knn_pixels"  # columns of the log
+SCORES = "knn", "knn_whitened", "knn_untrained", "knn_pixels"  # columns of the log
 
 
 class Neighbours:
@@ -1601,21 +1603,26 @@ class Neighbours:
         self.device = device
         untrained = new_model(config, device).eval()
         self.fixed = {
-            "knn_untrained": self.accuracy(untrained.represent),
-            "knn_pixels": self.accuracy(lambda x: x.flatten(1)),
+            "knn_untrained": self.accuracy(*self.encode(untrained.represent)),
+            "knn_pixels": self.accuracy(*self.encode(lambda x: x.flatten(1))),
         }
 
-    def accuracy(self, encode) -> float:
-        (images, labels), (test_images, test_labels) = self.parts
-        a, b = (evaluate.in_batches(encode, part, self.device) for part in (images, test_images))
-        return evaluate.percent_equal(labels[evaluate.nearest(a, b).cpu()], test_labels)
+    def encode(self, function) -> list[Tensor]:
+        """`function` of the training images and of the test images."""
+        return [evaluate.in_batches(function, images, self.device) for images, _ in self.parts]
+
+    def accuracy(self, train: Tensor, test: Tensor) -> float:
+        """1-NN of test vectors among training vectors, in percent."""
+        (_, labels), (_, test_labels) = self.parts
+        return evaluate.percent_equal(labels[evaluate.nearest(train, test).cpu()], test_labels)
 
     def score(self, trainer: Trainer) -> dict[str, float]:
         """`SCORES` of the averaged weights, if the run keeps them, else of the weights."""
         model = trainer.model if trainer.average is None else trainer.average
-        score = self.accuracy(model.eval().represent)
+        latents = self.encode(model.eval().represent)
         model.train()
-        return {"knn": score, **self.fixed}
+        whitened = self.accuracy(*evaluate.whiten(*latents))
+        return {"knn": self.accuracy(*latents), "knn_whitened": whitened, **self.fixed}
 
 
 def find_neighbours(config: Config, train, data_dir: str, device, say) -> Neighbours | None:

@@ -478,12 +478,18 @@ PANELS = {  # of curves_figure: title -> columns of the log, with how each line 
     "gap of energies": {"gap": "-"},
     "pixels of chains": {"pixel_min": "-", "pixel_max": "-"},
     "learning rate": {"rate": "-"},
-    "1-NN, percent": {"knn": "-", "knn_untrained": ":", "knn_pixels": "--"},
+    "1-NN, percent": {
+        "knn": "-",
+        "knn_whitened": "-.",
+        "knn_untrained": ":",
+        "knn_pixels": "--",
+    },
 }
 CURVE_NAMES = {
     "energy_data": "data",
     "energy_chains": "chains",
     "knn": "latent",
+    "knn_whitened": "whitened",
     "knn_untrained": "untrained",
     "knn_pixels": "pixels",
 }

@@ -1235,7 +1235,7 @@ def test_1_nn_during_training_is_logged_and_leaves_the_run_as_it_is(tmp_path):
     logged = {row["update"]: row for row in rows(tmp_path / "6")}
     assert [update for update, row in logged.items() if row["knn"]] == ["6", "12"]
     row = json.loads(run("knn", tmp_path / "6/ckpt.pt", "--json").stdout)[0]
-    names = {"knn": "latent", "knn_untrained": "untrained", "knn_pixels": "pixels"}
+    names = dict(zip(cebm.SCORES, ("latent", "whitened", "untrained", "pixels"), strict=True))
     for column, name in names.items():
         assert float(logged["12"][column]) == row[name]
     assert "1-NN" in result.stdout
