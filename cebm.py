@@ -2688,7 +2688,7 @@ def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, devic
     require_writable(out, [".npz", ".csv"], inputs=[checkpoint, *images])
     require_writable(map, evaluate.PICTURES, inputs=[checkpoint, *images])
     model, config, state = load_model(checkpoint, device)
-    kind, names, about = models.MODELS[config.model.name], [data.UNLABELLED], {}
+    names, about = [data.UNLABELLED], {}
     if images:
         paths = data.find_files(list(images))
         pixels, kept = data.read_images(paths, config.data.image, skip_unreadable)
@@ -2705,7 +2705,7 @@ def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, devic
             about["labels"] = labels.numpy()
         if names not in ([data.UNLABELLED], [str(label) for label in range(len(names))]):
             about["classes"] = names  # numbers that are their own names need none
-    arrays = evaluate.latents(model, pixels, device, kind.posterior, kind.density)
+    arrays = evaluate.latents(model, pixels, device)
     arrays |= {name: evaluate.as_array(column) for name, column in about.items()}
     content = evaluate.csv_bytes if out.lower().endswith(".csv") else evaluate.npz_bytes
     write_atomically(Path(out), content(arrays))

@@ -65,18 +65,14 @@ def seeded(seed: int, device):
         yield
 
 
-def latents(model, images, device="cpu", with_std=True, with_energy=True) -> dict[str, np.ndarray]:
-    """`mean` (N, D) from `represent`, and if asked for `energy` (N,) and the posterior's `std`.
+def latents(model, images, device="cpu") -> dict[str, np.ndarray]:
+    """`mean` (N, D) from `represent`; `energy` (N,), the posterior's `std` (N, D) if the model has
+    them.
 
-    `images` are NumPy arrays or tensors as `data.as_pixels` describes. Of a mixture `std` (N, D) is
-    that of the whole posterior, while `mean` may be one component's. A VAE's energy is drawn with a
-    fixed seed.
+    `images` are NumPy arrays or tensors as `data.as_pixels` describes; ValueError where they are of
+    another size than the model's. Of a mixture `std` is that of the whole posterior, while `mean`
+    may be one component's. A VAE's energy is drawn with a fixed seed.
     """
-    columns = {"mean": model.represent}
-    if with_energy:
-        columns["energy"] = model.energy
-    if with_std:
-        columns["std"] = lambda x: model.posterior(x).variance.sqrt()
     device, images = torch.device(device), as_pixels(images)
     wanted = getattr(model, "image_shape", images.shape[1:])
     if tuple(images.shape[1:]) != tuple(wanted):
@@ -84,6 +80,11 @@ def latents(model, images, device="cpu", with_std=True, with_energy=True) -> dic
             f"images of {tuple(images.shape[1:])} (channels, height, width): the model is for "
             f"{tuple(wanted)}"
         )
+    columns = {"mean": model.represent}
+    if hasattr(model, "energy"):
+        columns["energy"] = model.energy
+    if hasattr(model, "posterior"):
+        columns["std"] = lambda x: model.posterior(x).variance.sqrt()
     with seeded(0, device):
         return {
             name: in_batches(f, images, device, label=name).cpu().numpy()

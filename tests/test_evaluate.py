@@ -65,14 +65,13 @@ def test_latents_hold_what_is_asked_for_with_the_whole_posteriors_deviation():
         return torch.distributions.MixtureSameFamily(chances, parts)
 
     images = noise(5, 1, 2, 2)
-    model = stand_in(
-        represent=lambda x: x.flatten(1)[:, :2],
-        energy=lambda x: x.sum((1, 2, 3)),
-        posterior=posterior,
-    )
+    methods = {"energy": lambda x: x.sum((1, 2, 3)), "posterior": posterior}
     x = (images.float() / 127.5 - 1).numpy()
     for with_std, with_energy in ((True, True), (True, False), (False, True), (False, False)):
-        arrays = evaluate.latents(model, images, CPU, with_std, with_energy)
+        has = {"posterior": with_std, "energy": with_energy}
+        own = {name: method for name, method in methods.items() if has[name]}
+        model = stand_in(represent=lambda x: x.flatten(1)[:, :2], **own)
+        arrays = evaluate.latents(model, images, CPU)
         expected = {"mean": x.reshape(5, 4)[:, :2]}
         if with_energy:
             expected["energy"] = x.sum((1, 2, 3))
@@ -88,7 +87,7 @@ def test_figures_of_a_model_that_draws_are_the_same_each_time_and_leave_the_rand
         represent=torch.rand_like, energy=lambda x: x.sum((1, 2, 3)) * torch.rand(len(x))
     )
     before = torch.get_rng_state()
-    one, two = (evaluate.latents(model, noise(5, 1, 2, 2), CPU, False, True) for _ in range(2))
+    one, two = (evaluate.latents(model, noise(5, 1, 2, 2), CPU) for _ in range(2))
     np.testing.assert_equal(one, two)
     scores = [evaluate.density_scores(model, noise(5, 1, 2, 2), CPU) for _ in range(2)]
     torch.testing.assert_close(*scores, atol=0, rtol=0)
@@ -407,7 +406,7 @@ def test_images_of_another_size_than_the_models_are_refused_by_their_shapes():
     model = stand_in(represent=lambda x: x.flatten(1))
     model.image_shape = (1, 28, 28)
     with pytest.raises(ValueError, match=r"\(1, 27, 27\).* the model is for \(1, 28, 28\)"):
-        evaluate.latents(model, noise(2, 1, 27, 27), with_std=False, with_energy=False)
+        evaluate.latents(model, noise(2, 1, 27, 27))
 
 
 def test_a_curve_of_one_point_is_a_dot_and_what_no_run_has_gets_no_panel():
