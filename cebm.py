@@ -1425,7 +1425,8 @@ class RunLog:
     def __init__(self, path: Path, stop: Stop, config: Config, writes: bool):
         self.path, self.stop, self.config, self.writes = path, stop, config, writes
         self.text, self.seconds_before = "", 0.0  # of the file, of earlier processes
-        self.started, self.updates_made = time.monotonic(), 0
+        self.started = self.first_made = time.monotonic()
+        self.updates_made = 0
         self.score: dict[str, float] = {}  # the last 1-NN
         self.shown = 0.0  # when a line or the bar was last brought up to date
         self.curves_drawn = self.started  # when curves.png was
@@ -1459,13 +1460,18 @@ class RunLog:
 
     @property
     def speed(self) -> float:
-        """Updates a second of this process."""
-        return self.updates_made / max(1e-9, self.seconds - self.seconds_before)
+        """Updates a second of this process, if there are several without the slower first one."""
+        made, since = self.updates_made, self.started
+        if made > 1:
+            made, since = made - 1, self.first_made
+        return made / max(1e-9, time.monotonic() - since)
 
     def made(self, trainer: Trainer, metrics: dict[str, Tensor], rollbacks: int) -> None:
         """An update has been made. Says so at times, at first soon, without a row in the file."""
         self.updates_made += 1
         now = time.monotonic()
+        if self.updates_made == 1:
+            self.first_made = now
         first = self.shown == 0.0 and (self.updates_made == 5 or now - self.started > 5)
         if self.writes and (first or (self.bar and now - self.shown > 0.5)):
             self.show(trainer, as_numbers(metrics), rollbacks)

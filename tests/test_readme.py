@@ -4,6 +4,7 @@ lead somewhere; tables and measured rows agree."""
 import csv
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -37,28 +38,41 @@ def short(preset):
     return options_for(preset, [*SHORT, "bound=0"])
 
 
-@pytest.fixture
-def reader(tmp_path, monkeypatch):
-    """Where a reader types: a clone, small data sets, runs, folders of images."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    for name in ("DIR/cat", "DIR/dog", "NEW"):
-        (tmp_path / name).mkdir(parents=True)
-        for i in range(20):
-            Image.new("RGB", (9, 9), (i, 200, 9 * i)).save(tmp_path / name / f"{i}.png")
-    folder = ["--preset", "cebm-folder-fast", "--data-dir", "DIR", *short("cebm-folder-fast")]
-    assert run("train", *folder).exit_code == 0
+def small_data(monkeypatch):
+    """Random images in place of every data set but a folder's own."""
     real = data.load
-    tiny_data(monkeypatch)
-    tiny = data.load
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_data(patch)
+        tiny = data.load
     monkeypatch.setattr(
         data, "load", lambda name, *rest: (real if name == "folder" else tiny)(name, *rest)
     )
-    for preset in ("cebm-fmnist", "cebm-fmnist-fast"):
-        result = run("train", "--preset", preset, *short(preset))
-        assert result.exit_code == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """Where a reader types: checkpoints, small data sets, runs, folders of images."""
+    root = tmp_path_factory.mktemp("clone")
+    (root / "checkpoints").symlink_to(ROOT / "checkpoints")
+    for name in ("DIR/cat", "DIR/dog", "NEW"):
+        (root / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (9, 9), (i, 200, 9 * i)).save(root / name / f"{i}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        small_data(patch)
+        for preset in ("cebm-folder-fast", "cebm-fmnist", "cebm-fmnist-fast"):
+            result = run("train", "--preset", preset, *short(preset), "--data-dir", "DIR")
+            assert result.exit_code == 0, result.stderr
+    return root
+
+
+@pytest.fixture
+def reader(clone, tmp_path, monkeypatch):
+    """A copy of the clone, in which commands are typed."""
+    shutil.copytree(clone, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    small_data(monkeypatch)
 
 
 def test_the_manual_has_every_command():
