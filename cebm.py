@@ -56,7 +56,13 @@ from click.core import ParameterSource
 
 
 def lazy_import(name: str):
-    """The module `name`, executed when it is first used, so that `--help` answers at once."""
+    """The module `name`, executed when it is first used, so that `--help` answers at once.
+
+    Only in the program: torch looks into all loaded modules while it is imported itself, and would
+    execute ours half-way where somebody imports both.
+    """
+    if __name__ != "__main__":
+        return importlib.import_module(name)
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.find_spec(name)
@@ -942,11 +948,16 @@ def load_images(config: Config, split: str, data_dir: str) -> tuple[Tensor, Tens
     images, labels = data.load(
         settings.name, split, data_dir, settings.image, settings.extra, folder_options(config)
     )
+    require_known_labels(labels, split, settings, data_dir)
+    return images, labels
+
+
+def require_known_labels(labels: Tensor, split: str, settings: DataConfig, data_dir: str) -> None:
+    """Failure where there are more classes than the model knows, or fewer to train on."""
     found = int(labels.max()) + 1
     if found > settings.classes or (split == "train" and found < settings.classes):
         where = data_dir if data.DATASETS[settings.name].classes is None else settings.name
         raise Failure(f"{where} ({split}) has {found} classes, not {settings.classes}")
-    return images, labels
 
 
 def folder_options(config: Config) -> data.FolderOptions:
@@ -1921,10 +1932,18 @@ def require_own_folder(config: Config, folder: Path) -> None:
         )
 
 
-def find_start(config: Config, preset: str, path: Path, init_from: Path | None) -> Start:
-    """Where a run starts whose checkpoint belongs at `path`."""
+def find_start(
+    config: Config, preset: str, path: Path, init_from: Path | None, classes: list[str] | None
+) -> Start:
+    """Where a run starts whose checkpoint belongs at `path`; `classes` are those of a folder."""
     if path.exists():
         state = load_checkpoint(path)
+        if state.get("classes", classes) != classes:
+            there, here = (", ".join(names) or "none" for names in (state["classes"], classes))
+            raise Failure(
+                f"{path} was trained on {state['data_dir']} with the classes {there}; here they "
+                f"are {here}: use another --out"
+            )
         require_same_run(state, config, path)
         if state["format"] != FORMAT:
             raise Failure(
@@ -2029,7 +2048,8 @@ def train_run(
     images, labels = load_training_images(config, data_dir, processes)
     first = processes.rank == 0
     with claim_folder(folder_path) if first else nullcontext(), Stop(processes) as stop:
-        start = find_start(config, preset, folder_path / "ckpt.pt", init_from)
+        classes = folder_classes(config, data_dir)
+        start = find_start(config, preset, folder_path / "ckpt.pt", init_from, classes)
         precision = start.precision(config, device)
         folder = RunFolder(
             folder_path,
@@ -2040,7 +2060,7 @@ def train_run(
             device.type,
             data_dir,
             writes=first,
-            classes=folder_classes(config, data_dir),
+            classes=classes,
         )
         trainer = Trainer(config, images, labels, device, precision, processes)
         guard = Guard(config, trainer.state_dict(), processes)
@@ -2069,7 +2089,7 @@ def train_run(
             fit(trainer, guard, log, folder, stop, neighbours)
         finally:
             log.end()
-        log.say(farewell(trainer, folder))
+        log.say(farewell(trainer, folder, len(guard.rollbacks)))
         return 0 if trainer.update >= config.train.updates else 130
 
 
@@ -2114,7 +2134,7 @@ def read_curves(text: str, config: Config) -> dict[str, list[float]]:
     return columns
 
 
-def farewell(trainer: Trainer, folder: RunFolder) -> str:
+def farewell(trainer: Trainer, folder: RunFolder, rollbacks: int) -> str:
     """What to do after a run, or after an interruption."""
     path = as_argument(folder.checkpoint)
     if trainer.update < trainer.config.train.updates:
@@ -2123,7 +2143,10 @@ def farewell(trainer: Trainer, folder: RunFolder) -> str:
     first = "knn" if trainer.config.data.classes > 1 else "export"
     knn = shlex.join(["python", "cebm.py", first, path, *folder.data_option])
     sample = shlex.join(["python", "cebm.py", "sample", path])
-    return f"done: {path}\nnow try:\n  {knn}\n  {sample}"
+    back = ""
+    if rollbacks:
+        back = f", after {rollbacks} rollback{'s' * (rollbacks > 1)}; a lower train.rate has fewer"
+    return f"done: {path}{back}\nnow try:\n  {knn}\n  {sample}"
 
 
 # ------------------------------------------------------------------------------------- Commands
@@ -2232,12 +2255,26 @@ class Reader:
     classes: list[str] | None = None  # of a folder, when the model was trained
 
     def __call__(self, split: str) -> tuple[Tensor, Tensor]:
+        self.require_same_classes()
+        return load_images(self.config, split, self.data_dir)
+
+    def with_paths(self, split: str) -> tuple[Tensor, Tensor, list[Path] | None]:
+        """Images, labels and, of a folder, the images' files."""
+        settings, options = self.config.data, folder_options(self.config)
+        if data.DATASETS[settings.name].classes is not None:
+            return *self(split), None
+        self.require_same_classes()
+        files = data.read_folder_files(split, Path(self.data_dir), settings.image, options)
+        require_known_labels(files[1], split, settings, self.data_dir)
+        return files
+
+    def require_same_classes(self) -> None:
+        """Failure where a folder has other classes than in training."""
         if self.classes is not None and (names := self.names()) != self.classes:
             raise Failure(
                 f"{self.data_dir} has the classes {', '.join(names)}; when the model was trained "
                 f"they were {', '.join(self.classes)}. (`export --images` takes any images)"
             )
-        return load_images(self.config, split, self.data_dir)
 
     def names(self) -> list[str]:
         """What the labels stand for."""
@@ -2590,6 +2627,8 @@ def knn(checkpoints, form, data_dir, skip_unreadable, device, limit, plot):
         return row
 
     print_rows(checkpoints, form, data_dir, skip_unreadable, device, figures)
+    if last and (advice := evaluate.advice_on_latents(last["row"])):
+        click.echo(advice, err=True)
     if plot:
         row, settings, names = last["row"], last["config"].data, last["names"]
         title = f"{last['config'].model.name} on {settings.name}, 1-NN {row['latent']:.2f} %"
@@ -2694,19 +2733,21 @@ def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, devic
     require_writable(out, [".npz", ".csv"], inputs=[checkpoint, *images])
     require_writable(map, evaluate.PICTURES, inputs=[checkpoint, *images])
     model, config, state = load_model(checkpoint, device)
-    names, about = [data.UNLABELLED], {}
+    about = {}
     if images:
-        paths = data.find_files(list(images))
+        groups = [data.find_files([path]) for path in images]
+        paths = [path for group in groups for path in group]
         pixels, kept = data.read_images(paths, config.data.image, skip_unreadable)
         about["path"] = [str(paths[i]) for i in kept]
-        labels, source = (
-            torch.zeros(len(pixels), dtype=torch.long),
-            " ".join(str(path) for path in images),
-        )
+        # The map shows which of --images a point is of.
+        names, source = [str(path) for path in images], "new images"
+        labels = torch.tensor([i for i, group in enumerate(groups) for _ in group])[kept]
     else:
         read = reader_of(config, state, data_dir, skip_unreadable)
-        pixels, labels = read(split)
+        pixels, labels, paths = read.with_paths(split)
         names, source = read.names(), f"{config.data.name} {split}"
+        if paths is not None:
+            about["path"] = [str(path) for path in paths]
         if names != [data.UNLABELLED]:
             about["labels"] = labels.numpy()
         if names not in ([data.UNLABELLED], [str(label) for label in range(len(names))]):

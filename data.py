@@ -229,7 +229,7 @@ WHERE_IMAGES_BELONG = (
 def find_folder(root: Path, split_seed: int = 0) -> Folder:
     """Finds out how a folder is laid out; DataError says what is missing."""
     if not root.is_dir():
-        raise DataError(f"{root} is no folder. {WHERE_IMAGES_BELONG}")
+        raise DataError(f"there is no folder {root}. {WHERE_IMAGES_BELONG}")
     if (root / "train").is_dir() and subfolders(root / "train"):
         train = require_images(root / "train")
         test = require_images(root / "test") if (root / "test").is_dir() else None
@@ -396,20 +396,30 @@ def find_files(paths: list[Path]) -> list[Path]:
 
 def read_folder(split: str, root: Path, shape, options: FolderOptions) -> tuple[Tensor, Tensor]:
     """Images of a split, scaled to `shape`; labels are the classes' order by name."""
+    images, labels, _ = read_folder_files(split, root, shape, options)
+    return images, labels
+
+
+def read_folder_files(split: str, root: Path, shape, options: FolderOptions):
+    """`read_folder`, and the images' files in their order."""
     classes = find_folder(root, options.split_seed).split(split)
     paths = [path for files in classes.values() for path in files]
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
-    images, read = read_images(paths, shape, options.skip_unreadable)
+    images, read = read_images(paths, shape, options.skip_unreadable, f"{split}: ")
     labels = torch.tensor(labels, dtype=torch.long)[read]
     left = labels.bincount(minlength=len(classes)).tolist()
     for (name, files), count in zip(classes.items(), left, strict=True):
         if files and not count:
             raise DataError(f"{root}: no image of the class {name} can be read ({split})")
-    return images, labels
+    return images, labels, [paths[i] for i in read]
 
 
-def read_images(paths: list[Path], shape, skip_unreadable=False) -> tuple[Tensor, list[int]]:
+def read_images(
+    paths: list[Path], shape, skip_unreadable=False, what=""
+) -> tuple[Tensor, list[int]]:
     """Image files scaled to `shape` (C, H, W), C 1 or 3: uint8 (N, C, H, W), and which they are.
+
+    `what` they are begins the lines on them.
 
     Says what a user may not expect: transparency, lost colours, other shapes. DataError lists all
     files that cannot be read, unless they are to be skipped.
@@ -436,13 +446,13 @@ def read_images(paths: list[Path], shape, skip_unreadable=False) -> tuple[Tensor
     report_unreadable(problems, len(paths), skip_unreadable)
     if len(read) < len(paths):
         images = images[read]
-    say_sizes(sizes, shape)
+    say_sizes(sizes, shape, what)
     if transparent:
-        echo(f"{transparent} of {len(read)} images are transparent: shown on white")
+        echo(f"{what}{transparent} of {len(read)} images are transparent: shown on white")
     if coloured and channels == 1:
         echo(
-            f"{coloured} of {len(read)} images have colours and are read as grey; to keep the "
-            f'colours, train with --set "data.image=[3,{height},{width}]"'
+            f"{what}{coloured} of {len(read)} images have colours and are read as grey; to keep "
+            f'the colours, train with --set "data.image=[3,{height},{width}]"'
         )
     return images, read
 
@@ -462,16 +472,17 @@ def report_unreadable(problems: list[str], count: int, skip: bool, most: int = 2
     echo(f"{lines}\nThey are left out")
 
 
-def say_sizes(sizes: Counter, shape) -> None:
+def say_sizes(sizes: Counter, shape, what: str) -> None:
     """A line on the images' sizes in pixels, and on what they become, if that is another."""
     _, height, width = shape
     if set(sizes) <= {(width, height)}:
         return
     listed = ", ".join(f"{w} x {h} ({n})" for (w, h), n in sizes.most_common(3))
-    more = f" and {len(sizes) - 3} other sizes" if len(sizes) > 3 else ""
+    others = len(sizes) - 3
+    more = f" and {others} other size{'s' * (others > 1)}" if others > 0 else ""
     stretched = any(w * height != h * width for w, h in sizes)
     how = ", stretched to that shape" if stretched else ""
-    echo(f"images of {listed}{more} (width x height) are scaled to {width} x {height}{how}")
+    echo(f"{what}images of {listed}{more} (width x height) are scaled to {width} x {height}{how}")
 
 
 def echo(line: str) -> None:

@@ -154,6 +154,18 @@ def knn_row(model, untrained, train, test, classes: int, device) -> dict[str, ob
     return row
 
 
+def advice_on_latents(row: dict) -> str | None:
+    """A line for whose latents are worse neighbours than what needs no training, of `knn_row`."""
+    better = [name for name in ("untrained", "pixels") if row["latent"] < row[name]]
+    if not better:
+        return None
+    whitened = "Whitened latents are better neighbours. " if row["whitened"] > row["latent"] else ""
+    return (
+        f"The latents are worse neighbours than {' and '.join(better)}. {whitened}1-NN falls "
+        "before it rises: see the learning curve, and whether more updates help (docs/recipes.md)"
+    )
+
+
 WHITENED = {"latent": "whitened", "untrained": "untrained whitened"}
 
 
@@ -456,7 +468,7 @@ def map_figure(points: np.ndarray, labels, names: list[str], title: str, method:
     ):
         margin = 0.03 * (high - low) + 1e-9
         limit(low - margin, high + margin)
-    axes.set_title(printable(title), parse_math=False)
+    axes.set_title("\n".join(textwrap.wrap(printable(title), 80)), parse_math=False)
     axes.set_xlabel(f"{method}, first axis", parse_math=False)
     axes.set_ylabel("second axis")
     # A space before each name, since matplotlib leaves out those that begin with an underscore.

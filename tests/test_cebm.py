@@ -984,7 +984,7 @@ def test_the_presets_are_the_papers_models_and_their_variants():
     }
     gpu = {f"{m}-gpu" for m in ("cebm-mnist", "gmm-cebm-mnist", "cebm-cifar10", "igebm-cifar10")}
     r1 = {f"{m}-{d}-r1" for m in ("gan", "bigan", "gmm-bigan") for d in ("mnist", "fmnist")}
-    others = {"quickstart", "cebm-fmnist-literal"}
+    others = {"quickstart", "cebm-fmnist-literal", "cebm-folder-fast", "gmm-cebm-folder-fast"}
     assert set(names) == folder | four | two | fast | gpu | r1 | others
 
 

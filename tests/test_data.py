@@ -263,7 +263,7 @@ def test_what_is_transparent_is_shown_on_white_and_said_once(
     images, _ = data.load("folder", "train", tmp_path, (channels, 20, 20))
     assert (images[:, :, 10, 10] == 0).all()  # ink
     assert (images[:, :, 0, 0] == 255).all()  # paper
-    assert capsys.readouterr().err == "2 of 2 images are transparent: shown on white\n"
+    assert capsys.readouterr().err == "train: 2 of 2 images are transparent: shown on white\n"
 
 
 def test_sixteen_drawings_in_ink_on_nothing_differ_from_their_ground_and_each_other(tmp_path):
@@ -333,7 +333,7 @@ def test_colours_that_are_read_as_grey_are_told_with_the_setting_that_keeps_them
     draw(Image.new("RGB", (8, 8), (90, 90, 90)), tmp_path / "train/a/1.png")
     data.load("folder", "train", tmp_path, (1, 8, 8))
     said = capsys.readouterr().err
-    assert said.startswith("1 of 2 images have colours and are read as grey")
+    assert said.startswith("train: 1 of 2 images have colours and are read as grey")
     assert "image=[3,8,8]" in said
     data.load("folder", "train", tmp_path, (3, 8, 8))
     assert capsys.readouterr().err == ""

@@ -96,6 +96,14 @@ def test_a_command_of_the_readme_runs(command, reader):
 
 
 @pytest.mark.parametrize("block", blocks())
+def test_the_imports_of_a_code_block_work_in_a_process_of_their_own(block):
+    lines = [line for line in block.splitlines() if line.startswith(("import ", "from "))]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("block", blocks())
 def test_a_code_block_of_the_readme_runs(block, reader):
     scope = {}
     torch.manual_seed(0)
