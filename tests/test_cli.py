@@ -140,7 +140,7 @@ def test_a_run_whose_output_nobody_reads_any_more_saves_and_resumes_to_the_same_
     process.stdout.close()  # as `train | tee` when Ctrl-C has ended tee
     assert process.wait(timeout=60) == 130
     assert process.stderr.read() == ""
-    assert 0 < cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 24
+    assert 0 <= cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] < 24
     assert run(*small, "--out", tmp_path).exit_code == 0
     assert_same_run(uninterrupted, tmp_path)
 
