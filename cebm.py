@@ -1087,6 +1087,7 @@ class Trainer:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
         self.mover_steps, self.mover = 0, None  # a function that moves chains by so many steps
         self.stop: Stop | None = None  # what may end chains early
+        self.interruptible = False  # whether it may, in the update that goes on
         self.record_learning()
 
     def reseed(self, rollbacks: int = 0) -> None:
