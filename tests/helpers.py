@@ -36,6 +36,7 @@ TINY = [
     "rate=1e-3",
     "bound=0",
     "decay=cosine",
+    "evaluate_every=0",
 ]
 
 

@@ -809,7 +809,14 @@ def test_export_can_draw_a_map(trained, tmp_path):
 
 
 NARROW = ["channels=[4, 4, 4, 4]", "hidden=8", "latent=8", "batch=8", "buffer=16", "steps=2"]
-NARROW += ["final_steps=0", "decay=none", "precision=float32", "compile=false", "pictures=1"]
+NARROW += [
+    "evaluate_every=0",
+    "final_steps=0",
+    "decay=none",
+    "precision=float32",
+    "compile=false",
+    "pictures=1",
+]
 
 
 def narrow(preset, *extra):
@@ -1353,8 +1360,6 @@ def test_without_what_other_systems_lack_a_run_trains_resumes_and_is_evaluated(s
         result = elsewhere(*command, "--out", tmp_path / "run")
         assert result.returncode == 0, result.stderr
     assert "resuming after update 4" in result.stdout
-    out = elsewhere("export", tmp_path / "run/ckpt.pt", "--split", "train", "--out", "-")
-    assert "its name has to end in" in out.stderr
     done = ("--split", "train", "--out", tmp_path / "l.csv")
     assert elsewhere("export", tmp_path / "run/ckpt.pt", *done).returncode == 0
 

@@ -20,7 +20,14 @@ import data
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["batch=8", "buffer=16", "steps=2", "channels=[4, 4, 4, 4]", "hidden=8", "latent=4"]
-SHORT += ["updates=1", "final_steps=0", "precision=float32", "decay=none", "compile=false"]
+SHORT += [
+    "evaluate_every=0",
+    "updates=1",
+    "final_steps=0",
+    "precision=float32",
+    "decay=none",
+    "compile=false",
+]
 
 
 def commands():
