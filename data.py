@@ -190,8 +190,8 @@ def contents(folder: Path, most: int = 6) -> str:
 
 # A folder of the user's own
 
-# Formats whose first frame Pillow reads without plugins.
 EXIF_ORIENTATION = 0x0112
+# Formats whose first frame Pillow reads without plugins.
 ENDINGS = frozenset(".jpg .jpeg .png .bmp .ppm .pgm .tif .tiff .webp .gif".split())
 
 
