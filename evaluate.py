@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from click import ClickException as EvaluationError  # one message on stderr, exit status 1
 from torch import Tensor
 
@@ -95,24 +96,68 @@ def latents(model, images, device="cpu") -> dict[str, np.ndarray]:
 # 1-NN
 
 
+BLOCK = 64  # training vectors that `nearest` looks at a second time together
+
+
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24, label: str = "") -> Tensor:
     """Index (M,) of the training vector (N, D) nearest in L2 to each of (M, D).
 
-    Ties go to the lower index. |a|^2 - 2ab + |b|^2 without the last term, which is the same for all
-    a, in float64: exact for pixels, otherwise with an error of about 1e-15 |a|^2. At most `floats`
-    numbers are held at a time. A `label` asks for a bar on a terminal.
+    Ties go to the lower index. Exact for pixels, otherwise with an error of about 1e-15 |a|^2: a
+    first look in float32 tells which blocks of training vectors can hold the nearest one, given the
+    bound on float32's rounding, and only these are looked at in float64. About `floats` numbers are
+    held at a time. A `label` asks for a bar on a terminal.
     """
-    test = test.double()
-    least = torch.full_like(test[:, 0], torch.inf)
+    blocks = -(-len(train) // BLOCK)
+    parts = test.split(max(1, floats // max(blocks, test.shape[1])))
+    size = max(1, floats // (BLOCK * max(len(parts[0]), train.shape[1]))) * BLOCK
+    pieces = [(i, train[i : i + size]) for i in range(0, len(train), size)]
+    centre = train.mean(0, dtype=torch.float64)  # distances are the same, rounding is less
+    found, bounds = [], []
+    looks = [(part, *piece) for part in parts for piece in pieces]
+    with progress(looks, len(looks), label) as shown:
+        for part, start, piece in shown:
+            bounds.append(block_bounds(piece, part, centre))
+            if start + len(piece) == len(train):  # the last piece
+                low, high = (torch.cat(bound, 1) for bound in zip(*bounds, strict=True))
+                # Not `<=`: where float32 overflows, bounds are NaN, and the block is looked at.
+                candidates = ~(low > high.amin(1, keepdim=True))
+                found.append(nearest_of_blocks(train, part, candidates))
+                bounds = []
+    return torch.cat(found)
+
+
+def block_bounds(train: Tensor, test: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds (M, blocks) on |a|^2 - 2 ab, minimised over each block of a (N, D).
+
+    b are (M, D), both less `centre`, and computed in float32. The term |b|^2, the same for all a,
+    is left out. A sum of D products in any order is off by at most D u |a| |b|, u = 2^-24; eight
+    more roundings are allowed for.
+    """
+    a, b = ((vectors - centre).float() for vectors in (train, test))
+    squares = a.square().sum(1)
+    values = torch.addmm(squares, b, a.T, alpha=-2)
+    short = -len(a) % BLOCK
+    least = F.pad(values, (0, short), value=torch.inf).view(len(b), -1, BLOCK).amin(2)
+    largest = F.pad(squares, (0, short)).view(-1, BLOCK).amax(1)
+    unit = (a.shape[1] + 8) * 2**-24
+    error = unit * (largest + 2 * torch.outer(b.norm(dim=1), largest.sqrt()))
+    return least - error, least + error
+
+
+def nearest_of_blocks(train: Tensor, test: Tensor, candidates: Tensor) -> Tensor:
+    """As `nearest` in float64, for each test vector within its `candidates` (M, blocks), a mask."""
+    least = torch.full((len(test),), torch.inf, dtype=torch.float64, device=test.device)
     index = torch.zeros_like(least, dtype=torch.long)
-    size = max(1, floats // max(test.shape))
-    parts = train.split(size)
-    with progress(parts, len(parts), label) as shown:
-        for i, part in enumerate(shown):
-            a = part.double()
-            value, row = torch.addmm(a.square().sum(1), test, a.T, alpha=-2).min(1)
-            index = torch.where(value < least, row + i * size, index)
-            least = torch.minimum(least, value)
+    for i, (block, chosen) in enumerate(zip(train.split(BLOCK), candidates.T, strict=True)):
+        rows = chosen.nonzero()[:, 0]
+        if not len(rows):
+            continue
+        a, b = block.double(), test[rows].double()
+        value, place = torch.addmm(a.square().sum(1), b, a.T, alpha=-2).min(1)
+        nearer = value < least[rows]
+        rows = rows[nearer]
+        least[rows] = value[nearer]
+        index[rows] = i * BLOCK + place[nearer]
     return index
 
 

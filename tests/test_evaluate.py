@@ -155,6 +155,21 @@ def test_nearest_agrees_with_scikit_learn_on_images():
     assert evaluate.nearest(train, test).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_nearest_is_exact_where_float32_squares_overflow_or_vanish(scale):
+    train = torch.tensor([[3.0], [1.0], [2.0]]).repeat(50, 1) * scale
+    test = torch.tensor([[2.2], [0.0], [9.0]]) * scale
+    assert evaluate.nearest(train, test).tolist() == [2, 1, 0]
+
+
+def test_the_second_look_finds_what_the_first_in_float32_cannot_tell():
+    generator = seeded()
+    near = 1 + 1e-7 * torch.randn(1000, 20, generator=generator, dtype=torch.float64)
+    far = torch.randn(1000, 20, generator=generator, dtype=torch.float64)  # spoils the centre
+    train, test = torch.cat([near, 100 * far]), near[::10] + 1e-9
+    assert evaluate.nearest(train, test).tolist() == list(range(0, 1000, 10))
+
+
 def test_of_vectors_that_are_all_equal_the_first_is_nearest():
     same = torch.ones(20_000, 8)
     assert evaluate.nearest(same, same[:2_000]).tolist() == [0] * 2_000
@@ -170,8 +185,8 @@ def test_nearest_holds_so_many_numbers_at_a_time(monkeypatch, count, dim):
             held.append(max(c.numel(), len(b) * c.shape[1])) or addmm(a, b, c, **scale)
         ),
     )
-    evaluate.nearest(torch.ones(300, dim), torch.ones(count, dim), floats=1000)
-    assert 500 < max(held) <= 1000
+    evaluate.nearest(torch.ones(3000, dim), torch.ones(count, dim), floats=2**14)
+    assert 2**13 < max(held) <= 2**14
 
 
 def test_whitened_latents_have_unit_variance_along_principal_directions_but_small_ones():
