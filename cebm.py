@@ -18,16 +18,19 @@ import copy
 import csv
 import difflib
 import importlib.util
+import io
 import itertools
 import json
 import math
 import os
+import pickle
 import secrets
 import shlex
 import shutil
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
@@ -503,11 +506,17 @@ def all_presets(book: dict[str, LocatedMapping]) -> dict[str, dict]:
     return presets
 
 
+def require_preset(name: str) -> None:
+    """UsageError, with the nearest name, where there is no such preset."""
+    presets = read_recipes()["presets"]
+    if name not in presets:
+        raise click.UsageError(f"no preset {name!r}{nearest_word(name, presets)}")
+
+
 def compose(preset: str, settings=()) -> Config:
     """The configuration of `preset` with KEY=VALUE `settings` over it; keys as `train.rate`."""
     book = read_recipes()
-    if preset not in book["presets"]:
-        raise click.UsageError(f"no preset {preset!r}{nearest_word(preset, book['presets'])}")
+    require_preset(preset)
     entry = book["presets"][preset]
     chosen = {"model.name": entry["model"], "data.name": entry["data"]}
     chosen |= dict(parse_setting(setting) for setting in settings)
@@ -654,15 +663,13 @@ class Rollback(TypedDict):
     why: str
 
 
-class Evaluable(TypedDict, total=False):
-    """What every checkpoint holds: a trained model. Files in `checkpoints/` hold only this."""
+class About(TypedDict, total=False):
+    """What a checkpoint says of itself, in plain values."""
 
     format: int
     preset: str
     config: dict[str, dict]
     updates: int
-    model: dict[str, torch.Tensor]  # its state_dict
-    average: dict[str, torch.Tensor]  # that of its averaged weights, if the run keeps them
     seed: int
     rollbacks: list[Rollback]
     seconds: float  # of training
@@ -670,8 +677,16 @@ class Evaluable(TypedDict, total=False):
     device: str
     data_dir: str  # where the data were, "" if embedded
     classes: list[str]  # their names, of a folder
+    origin: str  # of a run begun by --init-from: what it was begun from; else ""
     torch: str  # versions
     python: str
+
+
+class Evaluable(About, total=False):
+    """A trained model. Files in `checkpoints/` hold only this."""
+
+    model: dict[str, torch.Tensor]  # its state_dict
+    average: dict[str, torch.Tensor]  # that of its averaged weights, if the run keeps them
 
 
 class Snapshot(TypedDict, total=False):
@@ -693,7 +708,6 @@ class Checkpoint(Evaluable, Snapshot, total=False):
     good: Snapshot  # after it the run stayed healthy for a whole interval: where it rolls back to
     candidate: Snapshot  # of the last regular checkpoint
     log: str  # log.csv up to `updates`
-    origin: str  # of a run begun by --init-from: what it was begun from; else ""
 
 
 REQUIRED = "format", "preset", "config", "updates", "model"  # the rest only to resume
@@ -783,14 +797,34 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path) -> Checkpoint:
     """A checkpoint's tensors and plain values, on the CPU. Never runs code from the file."""
+    with reading_checkpoint(path):
+        require_sound_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(state, complete_and_check(state, get_type_hints(Checkpoint)))
+        return state
+
+
+def read_outline(path) -> dict[str, object]:
+    """`About` of a checkpoint and the shapes of its `model`, without torch, which takes seconds."""
+    with reading_checkpoint(path):
+        require_sound_archive(path)
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (n for n in archive.namelist() if Path(n).name == "data.pkl")
+            state = OutlineUnpickler(io.BytesIO(archive.read(name))).load()
+        hints = get_type_hints(About) | {"model": dict[str, Shape]}
+        outline = {key: value for key, value in state.items() if key in hints}
+        complete_and_check(outline, hints)
+        return outline
+
+
+@contextmanager
+def reading_checkpoint(path):
+    """Failure, with the reason, for whatever a damaged file provokes inside."""
     read_recipes()  # a mistake there is no fault of the file
     problem = f"{path} is no whole checkpoint of format {FORMAT}"
     require_regular(Path(path), problem)
     try:
-        require_sound_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        complete_and_check(state)
-        return state
+        yield
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
         if isinstance(error, click.UsageError):
             reason = error.message
@@ -799,6 +833,30 @@ def load_checkpoint(path) -> Checkpoint:
         else:
             reason = str(error) if type(error) is ValueError else type(error).__name__
         raise Failure(f"{problem} ({reason}): take another copy") from error
+
+
+@dataclass(frozen=True)
+class Shape:
+    """In a tensor's place: its sizes. Its numbers have not been read."""
+
+    sizes: tuple[int, ...]
+
+
+class OutlineUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's plain values without torch. Nothing of the file is run: the names in it
+    stand for what is written here."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, sizes, *_: Shape(sizes)
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise ValueError(f"{module}.{name} has no place in it")
+
+    def persistent_load(self, reference: object) -> None:
+        """A tensor's numbers, another entry of the archive."""
 
 
 def require_sound_archive(path) -> None:
@@ -831,9 +889,11 @@ def with_newer_keys(tree: object) -> dict[str, dict]:
     return {**tree, **complete}
 
 
-def complete_and_check(state: dict) -> None:
-    """ValueError or UsageError unless `state` is a `Checkpoint` of a right configuration."""
-    hints = get_type_hints(Checkpoint)
+def complete_and_check(state: dict, hints: dict[str, object]) -> Config:
+    """The configuration of `state`, which gets the keys that it lacks.
+
+    ValueError or UsageError unless it has what is `REQUIRED`, of the types that `hints` say.
+    """
     for key in REQUIRED:
         if key not in state:
             raise ValueError(f"{key} is missing")
@@ -842,11 +902,15 @@ def complete_and_check(state: dict) -> None:
             raise ValueError(f"{key} is of another type, or larger than the file")
     if state["format"] not in (FORMAT, *EARLIER_FORMATS):
         raise ValueError(f"it is of format {state['format']}")
-    state["config"] = with_newer_keys(state["config"])
-    config = parse_config(state["config"])
-    check(config)
     if state["updates"] < 0:
         raise ValueError("updates are negative")
+    state["config"] = with_newer_keys(state["config"])
+    return parse_config(state["config"])
+
+
+def check_tensors(state: Checkpoint, config: Config) -> None:
+    """ValueError or UsageError unless there can be such a model, with these weights and chains."""
+    check(config)
     buffer = state.get("buffer")
     shape = (config.chains.buffer, *config.data.image)
     if buffer is not None and (buffer.shape != shape or buffer.dtype != torch.float32):
@@ -878,7 +942,7 @@ def is_of_type(value: object, hint) -> bool:
     if hint is object and isinstance(value, dict | list | tuple):  # of the optimiser
         parts = value.values() if isinstance(value, dict) else value
         return all(is_of_type(part, object) for part in parts)
-    if isinstance(value, torch.Tensor) and value.nbytes > value.untyped_storage().nbytes():
+    if hasattr(value, "untyped_storage") and value.nbytes > value.untyped_storage().nbytes():
         return False
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
@@ -2202,6 +2266,19 @@ def refuse_empty(_context, parameter, value: str | None) -> str | None:
     return value
 
 
+def refuse_unknown_preset(_context, _parameter, name: str) -> str:
+    """Before torch is loaded, which takes seconds."""
+    require_preset(name)
+    return name
+
+
+def refuse_wrong_settings(_context, _parameter, settings: tuple[str, ...]) -> tuple[str, ...]:
+    """Before torch is loaded, which takes seconds."""
+    for setting in settings:
+        parse_value(*parse_setting(setting))
+    return settings
+
+
 CHECKPOINT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
 DATA_DIR = click.option(
     "--data-dir",
@@ -2309,7 +2386,22 @@ def print_rows(
             rows += [row | own for own in (more if isinstance(more, list) else [more])]
     finally:
         if rows:
-            say(json.dumps(rows) if form == "json" else evaluate.table(rows, form == "markdown"))
+            say(json.dumps(rows) if form == "json" else table(rows, form == "markdown"))
+
+
+def table(rows: list[dict], markdown: bool = False) -> str:
+    """Rows as aligned text or as Markdown. Lists are left out, missing values show as "-"."""
+    columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if type(v) is not list))
+    cells = [columns]
+    for row in rows:
+        values = (row.get(key, "-") for key in columns)
+        cells.append([f"{v:.2f}" if isinstance(v, float) else str(v) for v in values])
+    if markdown:
+        cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in cells]
+        cells.insert(1, ["---"] * len(columns))
+        return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
 def options_in_use() -> set[str]:
@@ -2367,11 +2459,12 @@ def main():
 
 
 @main.command()
-@click.option("--preset", default="quickstart", help="See `show`.")
+@click.option("--preset", default="quickstart", callback=refuse_unknown_preset, help="See `show`.")
 @click.option(
     "--set",
     "settings",
     multiple=True,
+    callback=refuse_wrong_settings,
     metavar="KEY=VALUE",
     help="Change a value of the preset, say train.rate=3e-4; may be repeated.",
 )
@@ -2828,12 +2921,12 @@ def show(what):
         say(as_yaml(describe_checkpoint(known_checkpoint(what[0]))).rstrip())
 
 
-def known_checkpoint(what: str) -> Checkpoint:
-    """The checkpoint at a path; UsageError where there is no file, nor a preset of that name."""
+def known_checkpoint(what: str) -> dict[str, object]:
+    """The outline of a checkpoint; UsageError where there is neither a file nor a preset."""
     if not os.path.exists(what):
         near = nearest_word(what, read_recipes()["presets"])
         raise click.UsageError(f"{what!r} is neither a preset nor a file{near}")
-    return load_checkpoint(what)
+    return read_outline(what)
 
 
 def list_presets() -> str:
@@ -2918,17 +3011,16 @@ def compare(one: str, two: str) -> str:
         for key, known in all_keys().items()
         if first[key] != second[key]
     ]
-    return evaluate.table(rows) if rows else "no difference"
+    return table(rows) if rows else "no difference"
 
 
-def describe_checkpoint(state: Checkpoint) -> dict:
+def describe_checkpoint(outline: dict[str, object]) -> dict:
     """Its plain values, and how many numbers its model has."""
-    plain = {key: state[key] for key in Evaluable.__annotations__ if key in state}
-    del plain["model"]
-    plain.pop("average", None)
-    if state.get("origin"):
-        plain["origin"] = state["origin"]
-    plain["numbers in the model"] = sum(tensor.numel() for tensor in state["model"].values())
+    plain = {key: outline[key] for key in About.__annotations__ if key in outline}
+    if not plain.get("origin"):
+        plain.pop("origin", None)
+    weights = outline["model"].values()
+    plain["numbers in the model"] = sum(math.prod(shape.sizes) for shape in weights)
     return plain
 
 

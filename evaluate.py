@@ -1,4 +1,4 @@
-"""Evaluation of trained models: 1-NN (supplement E.1), linear probe, OOD scores, tables, pictures.
+"""Evaluation of trained models: 1-NN (supplement E.1), linear probe, OOD scores, files, pictures.
 
 Images are uint8 (N, C, H, W) unless said, latents (N, D), labels (N,). Scores are in percent. A
 model is in evaluation mode and has `represent(x)`, and where its `ModelKind` (models.py) says so
@@ -343,24 +343,9 @@ def plane(points: np.ndarray) -> tuple[np.ndarray, str]:
     return np.pad(projected, ((0, 0), (0, 2 - directions))), f"PCA ({reason})"
 
 
-# Tables and pictures
+# Files and pictures
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")  # endings of a picture's name
-
-
-def table(rows: list[dict], markdown: bool = False) -> str:
-    """Rows as aligned text or as Markdown. Lists are left out, missing values show as "-"."""
-    columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if type(v) is not list))
-    cells = [columns]
-    for row in rows:
-        values = (row.get(key, "-") for key in columns)
-        cells.append([f"{v:.2f}" if isinstance(v, float) else str(v) for v in values])
-    if markdown:
-        cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in cells]
-        cells.insert(1, ["---"] * len(columns))
-        return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
 
 
 def as_array(values) -> np.ndarray:

@@ -343,11 +343,11 @@ def main(preset, data_dir, rounds, as_json, device):
         click.echo(json.dumps(result))
         return
     click.echo(f"{preset} on {result['hardware']}; medians of {rounds} rounds\n")
-    click.echo(evaluate.table(result["chains"], True))
+    click.echo(cebm.table(result["chains"], True))
     if "bfloat16 difference" in result:
         click.echo(f"\none bfloat16 step differs by {result['bfloat16 difference']:.2%}")
     for name in ("1-NN", "processes"):
-        click.echo(f"\n{evaluate.table([result[name]], True)}")
+        click.echo(f"\n{cebm.table([result[name]], True)}")
 
 
 if __name__ == "__main__":

@@ -660,7 +660,8 @@ def test_a_checkpoint_without_a_key_that_came_later_has_its_default(trained, tmp
 
 
 def spoiled(folder):
-    """Whole checkpoints but for one value each."""
+    """Whole checkpoints but for one value each, by what and how."""
+    states = {}
     changes = [
         ("format", 1),
         ("format", 6),
@@ -672,12 +673,10 @@ def spoiled(folder):
         ("model", 3),
     ]
     for key, value in changes:
-        state = cebm.load_checkpoint(folder / "ckpt.pt")
-        state[key] = value
-        yield state
-    state = cebm.load_checkpoint(folder / "ckpt.pt")
+        states[key, str(value)] = {**cebm.load_checkpoint(folder / "ckpt.pt"), key: value}
+    states["weights", "nan"] = state = cebm.load_checkpoint(folder / "ckpt.pt")
     state["model"]["network.heads.0.0.bias"][0] = float("nan")
-    yield state
+    return states
 
 
 def test_files_that_are_no_checkpoint_are_refused_and_run_no_code(trained, tmp_path):
@@ -696,16 +695,28 @@ def test_files_that_are_no_checkpoint_are_refused_and_run_no_code(trained, tmp_p
     state = {**cebm.load_checkpoint(trained / "ckpt.pt"), "format": 2}
     torch.save(state, bad)
     assert "it is of format 2" in run("show", bad).stderr
-    for other in ([1, 2], {"format": 99}, {"format": cebm.FORMAT}, *spoiled(trained)):
+    for other in ([1, 2], {"format": 99}, {"format": cebm.FORMAT}, *spoiled(trained).values()):
         torch.save(other, bad)
         contents.append(bad.read_bytes())
     for content in contents:
         bad.write_bytes(content)
-        for command in (["knn"], ["sample", "--out", tmp_path / "a.png"], ["export"], ["show"]):
+        for command in (["knn"], ["sample", "--out", tmp_path / "a.png"], ["export"]):
             result = run(command[0], bad, *command[1:])
             assert result.exit_code in (1, 2), content[:20]
             assert "bad.pt" in result.stderr
             assert "Traceback" not in result.output
+    assert not (tmp_path / "ran").exists()
+
+
+def test_show_refuses_files_that_are_no_checkpoint_and_runs_no_code(trained, tmp_path):
+    bad = tmp_path / "bad.pt"
+    numbers = "buffer", "weights"  # which show does not read
+    states = [state for what, state in spoiled(trained).items() if what[0] not in numbers]
+    for state in (Payload(tmp_path / "ran"), [1, 2], {"format": cebm.FORMAT}, *states):
+        torch.save(state, bad)
+        result = run("show", bad)
+        assert result.exit_code == 1, state
+        assert "bad.pt is no whole checkpoint" in result.stderr
     assert not (tmp_path / "ran").exists()
 
 
@@ -726,7 +737,17 @@ def test_cut_and_flipped_checkpoints_are_refused_or_load_right(trained, tmp_path
             continue
         assert i % 3, "a cut file was taken for whole"
         same(loaded, right, f"byte {place}")
+        assert cebm.read_outline(path)["updates"] == right["updates"]
     assert refused > 400
+
+
+def test_an_outline_read_without_torch_is_what_the_whole_checkpoint_says(trained):
+    files = [trained / "ckpt.pt", *ROOT.glob("tests/*.pt"), *ROOT.glob("checkpoints/*.pt")]
+    for path in files:
+        outline, whole = cebm.read_outline(path), cebm.load_checkpoint(path)
+        shapes = {name: tuple(shape.sizes) for name, shape in outline.pop("model").items()}
+        assert shapes == {name: tuple(tensor.shape) for name, tensor in whole["model"].items()}
+        assert outline == {key: whole[key] for key in cebm.About.__annotations__ if key in whole}
 
 
 def test_an_entry_marked_as_a_folder_is_not_read_as_a_tensor_of_whatever_is_in_memory(

@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
+import cebm
 import data
 import evaluate
 
@@ -666,10 +667,10 @@ def test_a_caption_loses_no_word_and_stays_below_the_images_within_the_picture(c
 
 def test_tables_hold_each_figure_in_its_column():
     rows = [{"model": "cebm", "latent": 98.1}, {"model": "x", "latent": 7.0}]
-    assert evaluate.table(rows).splitlines()[1].split() == ["cebm", "98.10"]
-    assert evaluate.table(rows, markdown=True).splitlines()[-1] == "| x | 7.00 |"
+    assert cebm.table(rows).splitlines()[1].split() == ["cebm", "98.10"]
+    assert cebm.table(rows, markdown=True).splitlines()[-1] == "| x | 7.00 |"
     rows.append({"model": "jem", "accuracy": 91.0})
-    assert evaluate.table(rows).splitlines()[-1].split() == ["jem", "-", "91.00"]
+    assert cebm.table(rows).splitlines()[-1].split() == ["jem", "-", "91.00"]
 
 
 def test_arrays_come_back_from_an_npz():
