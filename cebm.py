@@ -33,7 +33,7 @@ import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -1682,9 +1682,13 @@ class Neighbours:
             [part[:: -(-len(images) // most)] for part in (images, labels)]
             for (images, labels), most in ((train, 10_000), (test, 2_000))
         ]
-        self.device = device
-        untrained = new_model(config, device).eval()
-        self.fixed = {
+        self.config, self.device = config, device
+
+    @cached_property
+    def fixed(self) -> dict[str, float]:
+        """What no training changes; at the first score, so that training begins at once."""
+        untrained = new_model(self.config, self.device).eval()
+        return {
             "knn_untrained": self.accuracy(*self.encode(untrained.represent)),
             "knn_pixels": self.accuracy(*self.encode(lambda x: x.flatten(1))),
         }
