@@ -179,7 +179,7 @@ class TrainConfig:
     log_every: Annotated[int, Between(1, 1_000_000_000), "updates between rows of the log"]
     evaluate_every: Annotated[int, Between(0, 1_000_000_000), "updates between 1-NN scores; 0: no"]
     checkpoint_every: Annotated[int, Between(1, 1_000_000_000), "updates between checkpoints"]
-    pictures: Annotated[int, Between(0, 1000), "of chains or a generator's draws, over the run"]
+    pictures: Annotated[int, Between(0, 1000), "of chains or draws, over the run; 0: no curves too"]
 
 
 @dataclass(frozen=True)
@@ -1783,8 +1783,8 @@ class RunFolder:
 
     def save_curves(self, log: RunLog, at_once: bool) -> None:
         """Draws curves.png anew, unless that was done within the last minute."""
-        now = time.monotonic()
-        if not self.writes or not (at_once or now - log.curves_drawn > 60):
+        now, wanted = time.monotonic(), self.config.train.pictures > 0
+        if not self.writes or not wanted or not (at_once or now - log.curves_drawn > 60):
             return
         log.curves_drawn = now
         curves = {self.preset: read_curves(log.text, self.config)}

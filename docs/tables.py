@@ -21,6 +21,7 @@ HEADS = {  # of the columns that are shown
     "preset": "preset",
     "settings": "settings",
     "data": "data",
+    "images": "images",
     "seed": "seed",
     "updates": "updates",
     "rollbacks": "rollbacks",

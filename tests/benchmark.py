@@ -277,6 +277,7 @@ def growth_figure(rows: list[dict]):
     """Seconds and memory against each key of `GROWTH`, in doubly logarithmic axes."""
     figure = evaluate.new_figure(12, 6)
     grid = figure.subplots(2, len(GROWTH), sharey="row")
+    grid[1, 0].set_ylim(500, 10_000)
     for column, key in enumerate(GROWTH):
         points = [row for row in rows if row["key"] == key]
         for axes, measure in zip(grid[:, column], ("s an update", "MiB"), strict=True):

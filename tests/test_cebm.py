@@ -31,11 +31,23 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import cebm
 import data
 import models
 import sampling
+
+
+def test_a_run_leaves_pictures_and_curves_if_it_is_to_have_pictures(trained, tmp_path):
+    assert run("train", *tiny("pictures=3"), "--out", tmp_path).exit_code == 0
+    assert [p.name for p in sorted(tmp_path.glob("samples/*"))] == [
+        "0000008.png",
+        "0000016.png",
+        "0000024.png",
+    ]
+    assert Image.open(tmp_path / "curves.png").size[0] >= 1000
+    assert not list(trained.glob("**/*.png"))
 
 
 def test_a_run_leaves_what_it_promises(trained):
@@ -45,7 +57,6 @@ def test_a_run_leaves_what_it_promises(trained):
     written = yaml.safe_load((trained / "config.yaml").read_text())
     assert cebm.parse_config(written) == cebm.parse_config(state["config"])
     assert [int(r["update"]) for r in rows(trained)] == list(range(3, 25, 3))
-    assert len(list((trained / "samples").glob("*.png"))) == 3
     moved = cebm.load_model(trained / "ckpt.pt")[0].state_dict()
     start = cebm.new_model(cebm.parse_config(written), "cpu").state_dict()
     assert all(not torch.equal(moved[k], start[k]) for k in start if "prior" not in k)

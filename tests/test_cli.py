@@ -259,7 +259,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(trained, tmp_path,
 
 def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "samples/0000008.png").mkdir(parents=True)
-    result = run("train", *tiny(), "--out", tmp_path)
+    result = run("train", *tiny("pictures=3"), "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
     assert "Warning: cannot write" in result.stderr
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 24
@@ -363,9 +363,9 @@ def test_drafts_that_a_killed_run_left_are_removed_and_other_files_are_not(tmp_p
     (tmp_path / "samples").mkdir()
     for name in (".0123.draft", "samples/.4567.draft", "notes.draft", "ckpt.pt.part"):
         (tmp_path / name).write_text("old")
-    assert run("train", *tiny("updates=1", "pictures=0"), "--out", tmp_path).exit_code == 0
+    assert run("train", *tiny("updates=1"), "--out", tmp_path).exit_code == 0
     left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    own = {".lock", "ckpt.pt", "config.yaml", "curves.png", "log.csv"}
+    own = {".lock", "ckpt.pt", "config.yaml", "log.csv"}
     assert left == own | {"notes.draft", "ckpt.pt.part"}
 
 
@@ -1252,8 +1252,7 @@ def test_1_nn_during_training_is_logged_and_leaves_the_run_as_it_is(tmp_path):
     assert "knn" not in rows(tmp_path / "0")[0]
 
 
-def test_curves_are_drawn_by_the_run_and_of_several_runs_over_each_other(trained, tmp_path):
-    assert Image.open(trained / "curves.png").size[0] >= 1000
+def test_curves_of_several_runs_are_drawn_over_each_other(trained, tmp_path):
     out = tmp_path / "curves.svg"
     result = run("curves", trained, trained / "ckpt.pt", "--out", out)
     assert result.exit_code == 0, result.stderr
