@@ -650,8 +650,8 @@ def as_yaml(tree: object) -> str:
 # ---------------------------------------------------------------------------------- Checkpoints
 
 FORMAT = 8  # of a checkpoint
-# An earlier one that can be evaluated and begun anew from, not resumed: its random numbers and the
-# order of its images were others.
+# An earlier one that can be evaluated and branched from (--init-from), not resumed: its random
+# numbers and the order of its images were others.
 EARLIER_FORMATS = (7,)
 
 
@@ -825,13 +825,14 @@ def reading_checkpoint(path):
     require_regular(Path(path), problem)
     try:
         yield
+    except click.UsageError as error:  # of its configuration
+        raise Failure(f"{problem} ({error.message}): take another copy") from error
+    except Failure as error:
+        raise Failure(f"{path}: {error.message}") from error
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
-        if isinstance(error, click.UsageError):
-            reason = error.message
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        else:
-            reason = str(error) if type(error) is ValueError else type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            raise Failure(f"cannot read {path}: {error.strerror}") from error
+        reason = str(error) if type(error) is ValueError else type(error).__name__
         raise Failure(f"{problem} ({reason}): take another copy") from error
 
 
@@ -897,11 +898,16 @@ def complete_and_check(state: dict, hints: dict[str, object]) -> Config:
     for key in REQUIRED:
         if key not in state:
             raise ValueError(f"{key} is missing")
+    written, readable = state["format"], (*EARLIER_FORMATS, FORMAT)
+    if isinstance(written, int) and written not in readable:
+        version = "a later" if written > FORMAT else "an earlier"
+        raise Failure(
+            f"it is of format {written}, which {version} version of this program wrote and reads; "
+            f"this one reads {' and '.join(map(str, readable))}"
+        )
     for key, value in state.items():
         if key in hints and not is_of_type(value, hints[key]):
             raise ValueError(f"{key} is of another type, or larger than the file")
-    if state["format"] not in (FORMAT, *EARLIER_FORMATS):
-        raise ValueError(f"it is of format {state['format']}")
     if state["updates"] < 0:
         raise ValueError("updates are negative")
     state["config"] = with_newer_keys(state["config"])
@@ -979,7 +985,7 @@ def model_on_meta(config: Config):
 
 def require_memory(config: Config, device, training=False) -> None:
     """Failure where a model, or a run of it, cannot fit into this machine's memory."""
-    if torch.device(device).type != "cpu" or not hasattr(os, "sysconf"):  # Windows has none
+    if torch.device(device).type != "cpu" or not hasattr(os, "sysconf"):  # as on Windows
         return
     numbers = sum(parameter.numel() for parameter in model_on_meta(config).parameters())
     if training:
@@ -1070,7 +1076,7 @@ class Processes:
     count: int = 1
 
     def reduce_max(self, values: Tensor) -> Tensor:
-        """The greatest of each value over all processes."""
+        """Makes `values` the greatest over all processes, in place, and returns them."""
         if self.count > 1:
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return values
@@ -1102,7 +1108,7 @@ STREAMS = "training", "order", "picture", "sample", "prior", "buffer"
 
 
 def stream_seed(purpose: str, *numbers: int) -> int:
-    """A seed for one of `STREAMS`, as for seed, rank and rollbacks.
+    """A seed for one of `STREAMS`; `numbers` tell apart its uses: seed, rank, rollbacks.
 
     NumPy's hash makes streams independent, however close the numbers are. Sums would not: seed 0
     after a rollback would be seed 1.
@@ -1151,7 +1157,7 @@ class Trainer:
             self.loss = torch.nn.parallel.DistributedDataParallel(self.model)
         self.mover_steps, self.mover = 0, None  # a function that moves chains by so many steps
         self.stop: Stop | None = None  # what may end chains early
-        self.interruptible = False  # whether it may, in the update that goes on
+        self.interruptible = not self.cuda and processes.count == 1  # whether it may
         self.record_learning()
 
     def reseed(self, rollbacks: int = 0) -> None:
@@ -1178,7 +1184,7 @@ class Trainer:
             self.recorded = sampling.GraphedFunction([self.learn_from], self.generator)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Begins an update: images with noise (B, C, H, W), float32, and labels (B,)."""
+        """Counts the update; its images with noise (B, C, H, W), float32, and labels (B,)."""
         train, noise_std = self.config.train, self.config.data.noise_std
         epoch, position = divmod(self.update, len(self.images) // train.batch)
         order = epoch_order(train.seed, epoch, len(self.images), self.device)
@@ -1190,12 +1196,11 @@ class Trainer:
         x += noise_std * torch.randn(x.shape, generator=self.generator, device=self.device)
         return x, self.labels[chosen]
 
-    def begin_update(self) -> Tensor | None:
+    def random_state(self) -> Tensor | None:
         """The random numbers' state, so that an update whose chains are cut short can be undone.
 
-        On a GPU, and of several processes, chains are not cut short.
+        None where they are not: on a GPU it would be a wait.
         """
-        self.interruptible = not self.cuda and self.processes.count == 1
         return self.generator.get_state() if self.interruptible else None
 
     def undo_update(self, before: Tensor) -> None:
@@ -1381,6 +1386,11 @@ class Guard:
         """`state` together with what the guard has seen up to it."""
         return {**state, "level": self.level, "greatest": self.greatest}
 
+    def snapshot(self, trainer: Trainer) -> Snapshot:
+        """The trainer's state between regular checkpoints, with what all processes have seen."""
+        self.greatest = self.processes.reduce_max(self.greatest)
+        return self.stamp(trainer.state_dict())
+
     def accept(self, trainer: Trainer) -> Snapshot:
         """At a regular checkpoint, after a verdict of None: returns the new candidate.
 
@@ -1429,13 +1439,14 @@ def magnitudes_of_health(config: Config) -> dict[str, float]:
 def out_of_bounds(found: dict, level: dict, floor: dict, guard: GuardConfig) -> str | None:
     """Describes the first unhealthy one of the magnitudes `found`, or returns None.
 
-    NaN is unhealthy, and so is a gap that was there and is exactly 0: all energies are the same.
+    A gap of exactly 0 is unhealthy where there was one before.
     """
     for name, value in found.items():
         healthy = max(floor.get(name, math.inf), level.get(name, 0.0))
         bound = min(guard.energy_bound, guard.runaway * healthy)
-        dead = name == "gap" and value == 0 < level.get(name, 0)
-        if not value <= bound or dead:
+        if name == "gap" and value == 0 and level.get(name, 0.0) > 0:
+            return "gap of exactly 0: all energies are the same"
+        if not value <= bound:  # or NaN
             return f"{name} of magnitude {value:.3g} (the bound is {bound:.3g})"
     return None
 
@@ -1476,8 +1487,9 @@ class Stop:
             raise KeyboardInterrupt
         self.ask()
         if self.processes.rank == 0:
+            again = "; once more ends without saving" if self.processes.count == 1 else ""
             with suppress(OSError):  # nobody may read any more
-                os.write(2, b"saving after this update; once more ends without saving\n")
+                os.write(2, f"saving after this update{again}\n".encode())
 
     def ask(self) -> None:
         """The run is to end after the update that it is in."""
@@ -1542,7 +1554,7 @@ class RunLog:
             made, since = made - 1, self.first_made
         return made / max(1e-9, time.monotonic() - since)
 
-    def made(self, trainer: Trainer, metrics: dict[str, Tensor], rollbacks: int) -> None:
+    def count_update(self, trainer: Trainer, metrics: dict[str, Tensor], rollbacks: int) -> None:
         """An update has been made. Says so at times, at first soon, without a row in the file."""
         self.updates_made += 1
         now = time.monotonic()
@@ -1819,25 +1831,27 @@ def fit(
     while trainer.update < train.updates and not stop.requested:
         if guard.is_exhausted:
             raise Failure(advice_after_divergence(guard, folder))
-        before = trainer.begin_update()
+        before = trainer.random_state()
         try:
             x, y = trainer.next_batch()
             chains = trainer.move_chains(x)  # None for models without chains
         except ChainsCutShort:
             trainer.undo_update(before)
             if trainer.is_finite():
-                folder.save(guard.stamp(trainer.state_dict()), guard, log)
+                folder.save(guard.snapshot(trainer), guard, log)
             break
         metrics = trainer.learn(x, y, chains)  # stay on the device
         guard.observe(metrics)
-        log.made(trainer, metrics, len(guard.rollbacks))
+        log.count_update(trainer, metrics, len(guard.rollbacks))
 
-        update, last = trainer.update, trainer.update == train.updates
+        update = trainer.update
+        last = update == train.updates
         regular = update % train.checkpoint_every == 0
         checking = last or regular or update % guard.settings.every == 0
         reason = guard.verdict(trainer.model) if checking else None
-        evaluating = neighbours and not reason and (last or update % train.evaluate_every == 0)
-        score = neighbours.score(trainer) if evaluating else {}
+        score = {}
+        if neighbours and not reason and (last or update % train.evaluate_every == 0):
+            score = neighbours.score(trainer)
         if last or reason or score or update % train.log_every == 0:
             log.row(trainer, metrics, len(guard.rollbacks) + bool(reason), score)
         if reason:
@@ -1848,7 +1862,7 @@ def fit(
         if checking or not (trainer.cuda and processes.count > 1):  # else a wait for the device
             stop.agree(trainer.device)
         if last or regular or (stop.requested and trainer.is_finite()):
-            snapshot = guard.accept(trainer) if regular else guard.stamp(trainer.state_dict())
+            snapshot = guard.accept(trainer) if regular else guard.snapshot(trainer)
             folder.save(snapshot, guard, log)
             folder.save_curves(log, at_once=last or stop.requested)
         if update % picture_every == 0 or (last and train.pictures):
@@ -1968,7 +1982,7 @@ class Start:
     origin: str = ""
     path: Path | None = None  # of the checkpoint
     state: Checkpoint | None = None
-    branches: bool = False  # off another run
+    branches: bool = False  # it is another run's
 
     def precision(self, config: Config, device) -> str:
         """float32 or bfloat16; a run keeps what it began with, also on another machine."""
@@ -2007,13 +2021,13 @@ def find_start(
     """Where a run starts whose checkpoint belongs at `path`; `classes` are those of a folder."""
     if path.exists():
         state = load_checkpoint(path)
-        if state.get("classes", classes) != classes:
-            there, here = (", ".join(names) or "none" for names in (state["classes"], classes))
-            raise Failure(
-                f"{path} was trained on {state['data_dir']} with the classes {there}; here they "
-                f"are {here}: use another --out"
-            )
         require_same_run(state, config, path)
+        if state.get("classes", classes) != classes:
+            before, now = (", ".join(names) or "none" for names in (state["classes"], classes))
+            raise Failure(
+                f"{path} was trained on {state['data_dir']} with the classes {before}; now they "
+                f"are {now}: use another --out"
+            )
         if state["format"] != FORMAT:
             raise Failure(
                 f"{path} was begun by an earlier version, whose random numbers were others: go on "
@@ -2048,14 +2062,14 @@ def branch_origin(state: Checkpoint, config: Config, path: Path) -> str:
 
 
 @contextmanager
-def explained(state: Checkpoint, trainer: Trainer, path: Path):
+def fitting_checkpoint(state: Checkpoint, trainer: Trainer, path: Path):
     """Failure where a part of the checkpoint read from `path` does not fit the trainer."""
     try:
-        there, here = len(state["generators"]), trainer.processes.count
-        if there != here:
+        before, now = len(state["generators"]), trainer.processes.count
+        if before != now:
             raise Failure(
-                f"{path} is of a run of {there} processes, here are {here}: resume it with "
-                f"torchrun --nproc-per-node={there}, or choose another --out"
+                f"{path} is of a run of {before} processes, now there are {now}: resume it with "
+                f"torchrun --nproc-per-node={before}, or choose another --out"
             )
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -2070,7 +2084,7 @@ def explained(state: Checkpoint, trainer: Trainer, path: Path):
 
 def resume_run(trainer: Trainer, guard: Guard, log: RunLog, state: Checkpoint, path: Path) -> None:
     """Goes on from a run's own checkpoint, read from `path`."""
-    with explained(state, trainer, path):
+    with fitting_checkpoint(state, trainer, path):
         # All of them have to fit; the last one stays.
         for snapshot in (state["good"], state["candidate"], state):
             trainer.load_state_dict(snapshot)
@@ -2081,7 +2095,7 @@ def resume_run(trainer: Trainer, guard: Guard, log: RunLog, state: Checkpoint, p
 
 def branch_off(trainer: Trainer, guard: Guard, state: Checkpoint, path: Path) -> None:
     """Begins a run in the state of another one's checkpoint, read from `path`."""
-    with explained(state, trainer, path):
+    with fitting_checkpoint(state, trainer, path):
         trainer.load_state_dict(state)
     guard.begin(trainer.state_dict())
 
@@ -2207,8 +2221,9 @@ def farewell(trainer: Trainer, folder: RunFolder, rollbacks: int) -> str:
     """What to do after a run, or after an interruption."""
     path = as_argument(folder.checkpoint)
     if trainer.update < trainer.config.train.updates:
-        there = folder.checkpoint.exists()
-        return f"interrupted; {'the same command resumes from' if there else 'nothing at'} {path}"
+        if not folder.checkpoint.exists():
+            return "interrupted; nothing was saved"
+        return f"interrupted; the same command resumes from {path}"
     first = "knn" if trainer.config.data.classes > 1 else "export"
     knn = shlex.join(["python", "cebm.py", first, path, *folder.data_option])
     sample = shlex.join(["python", "cebm.py", "sample", path])

@@ -13,6 +13,7 @@ import csv
 import io
 import textwrap
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from click import ClickException as EvaluationError  # one message on stderr, exit status 1
 from torch import Tensor
 
+import sampling  # not names of it: it may be half executed (see `lazy_import` in cebm.py)
 from data import as_pixels, normalise, progress
 
 if TYPE_CHECKING:
@@ -59,11 +61,20 @@ def in_batches(function, images, device="cpu", size: int = 1000, label: str = ""
 
 
 @contextmanager
-def seeded(seed: int, device):
-    """Seeds torch's random numbers inside, and restores their state afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+def seeded(seed: int, device: torch.device):
+    """Seeds torch's random numbers of the CPU and of `device` inside, and restores them afterwards.
+
+    Those of other devices stay as they are: a training may draw from them.
+    """
+    generators = torch.default_generator, sampling.default_generator(device)
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def latents(model, images, device="cpu") -> dict[str, np.ndarray]:
@@ -100,7 +111,7 @@ BLOCK = 64  # training vectors that `nearest` looks at a second time together
 
 
 def nearest(train: Tensor, test: Tensor, floats: int = 2**24, label: str = "") -> Tensor:
-    """Index (M,) of the training vector (N, D) nearest in L2 to each of (M, D).
+    """For each test vector (M, D) the index of its nearest training vector (N, D) in L2: (M,).
 
     Ties go to the lower index. Exact for pixels, otherwise with an error of about 1e-15 |a|^2: a
     first look in float32 tells which blocks of training vectors can hold the nearest one, given the
@@ -109,21 +120,19 @@ def nearest(train: Tensor, test: Tensor, floats: int = 2**24, label: str = "") -
     """
     blocks = -(-len(train) // BLOCK)
     parts = test.split(max(1, floats // max(blocks, test.shape[1])))
-    size = max(1, floats // (BLOCK * max(len(parts[0]), train.shape[1]))) * BLOCK
-    pieces = [(i, train[i : i + size]) for i in range(0, len(train), size)]
+    blocks_at_once = max(1, floats // (BLOCK * max(len(parts[0]), train.shape[1])))
+    pieces = train.split(blocks_at_once * BLOCK)
     centre = train.mean(0, dtype=torch.float64)  # distances are the same, rounding is less
-    found, bounds = [], []
-    looks = [(part, *piece) for part in parts for piece in pieces]
-    with progress(looks, len(looks), label) as shown:
-        for part, start, piece in shown:
-            bounds.append(block_bounds(piece, part, centre))
-            if start + len(piece) == len(train):  # the last piece
-                low, high = (torch.cat(bound, 1) for bound in zip(*bounds, strict=True))
-                # Not `<=`: where float32 overflows, bounds are NaN, and the block is looked at.
-                candidates = ~(low > high.amin(1, keepdim=True))
-                found.append(nearest_of_blocks(train, part, candidates))
-                bounds = []
-    return torch.cat(found)
+    nearest_of_parts = []
+    with progress(pieces * len(parts), len(pieces) * len(parts), label) as shown:
+        upcoming = iter(shown)  # all pieces for the first part, all for the second, ...
+        for part in parts:
+            bounds = [block_bounds(a, part, centre) for a in islice(upcoming, len(pieces))]
+            low, high = (torch.cat(bound, 1) for bound in zip(*bounds, strict=True))
+            # Not `<=`: where float32 overflows, bounds are NaN, and the block is looked at.
+            candidates = ~(low > high.amin(1, keepdim=True))
+            nearest_of_parts.append(nearest_of_blocks(train, part, candidates))
+    return torch.cat(nearest_of_parts)
 
 
 def block_bounds(train: Tensor, test: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,16 +140,18 @@ def block_bounds(train: Tensor, test: Tensor, centre: Tensor) -> tuple[Tensor, T
 
     b are (M, D), both less `centre`, and computed in float32. The term |b|^2, the same for all a,
     is left out. A sum of D products in any order is off by at most D u |a| |b|, u = 2^-24; eight
-    more roundings are allowed for.
+    more roundings are allowed for. (Torch's default; with TF32 switched on the bounds do not hold.)
     """
     a, b = ((vectors - centre).float() for vectors in (train, test))
     squares = a.square().sum(1)
-    values = torch.addmm(squares, b, a.T, alpha=-2)
+    with torch.autocast(a.device.type, enabled=False):
+        values = torch.addmm(squares, b, a.T, alpha=-2)
     short = -len(a) % BLOCK
     least = F.pad(values, (0, short), value=torch.inf).view(len(b), -1, BLOCK).amin(2)
     largest = F.pad(squares, (0, short)).view(-1, BLOCK).amax(1)
     unit = (a.shape[1] + 8) * 2**-24
-    error = unit * (largest + 2 * torch.outer(b.norm(dim=1), largest.sqrt()))
+    smallest = torch.finfo(torch.float32).tiny * a.shape[1]  # where products vanish
+    error = smallest + unit * (largest + 2 * torch.outer(b.norm(dim=1), largest.sqrt()))
     return least - error, least + error
 
 
@@ -152,6 +163,7 @@ def nearest_of_blocks(train: Tensor, test: Tensor, candidates: Tensor) -> Tensor
         rows = chosen.nonzero()[:, 0]
         if not len(rows):
             continue
+        # Not centred: products of whole pixels are exact, so that ties stay ties.
         a, b = block.double(), test[rows].double()
         value, place = torch.addmm(a.square().sum(1), b, a.T, alpha=-2).min(1)
         nearer = value < least[rows]
@@ -162,10 +174,10 @@ def nearest_of_blocks(train: Tensor, test: Tensor, candidates: Tensor) -> Tensor
 
 
 def whiten(train: Tensor, test: Tensor, damping: float = 0.03) -> tuple[Tensor, Tensor]:
-    """Latents along the principal directions of `train`, brought to one scale.
+    """Latents (N, D), (M, D) along the principal directions of `train`, brought to one scale.
 
-    Each direction is divided by its singular value + `damping` times the largest one, so that
-    directions that hardly vary are not blown up.
+    They are float64 and not centred. Each direction is divided by its singular value + `damping`
+    times the largest one, so that directions that hardly vary are not blown up.
     """
     _, s, v = torch.linalg.svd((train - train.mean(0)).double(), full_matrices=False)
     scale = v.T / (s + damping * s[0] + 1e-30)
@@ -200,7 +212,7 @@ def knn_row(model, untrained, train, test, classes: int, device) -> dict[str, ob
 
 
 def advice_on_latents(row: dict) -> str | None:
-    """A line for whose latents are worse neighbours than what needs no training, of `knn_row`."""
+    """Advice if pixels or the untrained network do better than the latents in a `knn_row`."""
     better = [name for name in ("untrained", "pixels") if row["latent"] < row[name]]
     if not better:
         return None

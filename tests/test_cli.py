@@ -462,6 +462,7 @@ def test_two_processes_share_the_batch_and_ctrl_c_ends_them_to_be_resumed_as_two
     state = cebm.load_checkpoint(tmp_path / "ckpt.pt")
     assert 0 < state["updates"] < 1000000
     assert not torch.equal(*state["generators"])
+    assert state["greatest"].max() > 0
     assert_chains_are_the_last_batch(tmp_path, small[-1])
     alone = run(*small, *settings, "--out", tmp_path)
     assert alone.exit_code == 1
@@ -1156,6 +1157,15 @@ def test_a_folder_that_moved_or_has_other_classes_is_not_taken_for_the_models(al
     renamed = run("export", moved, *out, "--data-dir", tmp_path / "copy/images")
     assert renamed.exit_code == 1
     assert "has the classes bright, dark; when the model was trained" in renamed.stderr
+
+
+def test_a_folders_run_is_resumed_with_no_other_data_set(album):
+    root, _ = album
+    before = (root / "run/ckpt.pt").read_bytes()
+    result = run("train", *tiny(), "--out", root / "run")  # on the embedded digits
+    assert result.exit_code == 1
+    assert "data.name (folder, now glyphs)" in result.stderr
+    assert (root / "run/ckpt.pt").read_bytes() == before
 
 
 def test_new_images_are_encoded_scored_and_reconstructed(album, tmp_path):

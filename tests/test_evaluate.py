@@ -95,6 +95,16 @@ def test_figures_of_a_model_that_draws_are_the_same_each_time_and_leave_the_rand
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_seeding_the_cpu_touches_no_other_device(monkeypatch):
+    # torch.manual_seed would: in a training on a GPU, a new model would reset its random numbers.
+    monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("all devices are seeded"))
+    with evaluate.seeded(3, CPU):
+        drawn = torch.rand(4)
+    monkeypatch.undo()
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(4))
+
+
 def test_drawing_under_a_seed_leaves_the_random_state_as_it_was():
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -156,7 +166,14 @@ def test_nearest_agrees_with_scikit_learn_on_images():
     assert evaluate.nearest(train, test).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_nearest_is_exact_within_autocast():
+    train, test = torch.randn(3000, 64, generator=seeded()), torch.randn(500, 64)
+    expected = evaluate.nearest(train, test)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(evaluate.nearest(train, test), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 3e-22, 1e-20, 1.0, 1e20, 1e30])
 def test_nearest_is_exact_where_float32_squares_overflow_or_vanish(scale):
     train = torch.tensor([[3.0], [1.0], [2.0]]).repeat(50, 1) * scale
     test = torch.tensor([[2.2], [0.0], [9.0]]) * scale
