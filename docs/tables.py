@@ -4,8 +4,8 @@
     python docs/tables.py --check  exits with 1 if one is out of date
 
 A table stands between `<!-- table STUDY -->` and `<!-- end -->`: the rows of that study, in the
-order of the file, without notes and empty columns. `<!-- table best -->` is
-the best 1-NN of every model on every data set beside the authors' figure.
+order of the file, without notes and empty columns. `<!-- scores STUDY -->` has its scores on other
+data, `<!-- table best -->` the best 1-NN of every model beside the authors' figure.
 """
 
 import csv
@@ -16,7 +16,7 @@ from statistics import median
 
 HERE = Path(__file__).parent
 PAGES = (*sorted(HERE.glob("*.md")), HERE.parent / "README.md")
-MARKS = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.S)
+MARKS = re.compile(r"(<!-- (table|scores) (\S+) -->\n).*?(<!-- end -->)", re.S)
 HEADS = {  # of the columns that are shown
     "preset": "preset",
     "settings": "settings",
@@ -36,7 +36,6 @@ HEADS = {  # of the columns that are shown
     "probe_10": "10",
     "probe_100": "100",
     "probe_all": "all",
-    "auroc": "AUROC",
     "gap": "gap",
 }
 # 1-NN by the authors' published predictions and, of GMM-CEBM on MNIST and Fashion-MNIST, weights.
@@ -63,18 +62,41 @@ def as_markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in cells)
 
 
-def study_table(experiments: list[dict[str, str]], study: str) -> str:
-    """The rows of a study."""
+def rows_of(experiments: list[dict[str, str]], study: str) -> list[dict[str, str]]:
     rows = [row for row in experiments if row["study"] == study]
     if not rows:
         sys.exit(f"experiments.csv has no rows of the study {study}")
+    return rows
+
+
+def study_table(experiments: list[dict[str, str]], study: str) -> str:
+    """The rows of a study."""
+    rows = rows_of(experiments, study)
     shown = [column for column in HEADS if any(row.get(column) for row in rows)]
     code = ("preset", "settings")
-    cells = [
-        [f"`{row[c]}`" if c in code and row[c] else row[c].replace(";", ", ") for c in shown]
-        for row in rows
-    ]
+    cells = [[f"`{row[c]}`" if c in code and row[c] else row[c] for c in shown] for row in rows]
     return as_markdown([HEADS[column] for column in shown], cells)
+
+
+def scores_table(experiments: list[dict[str, str]], study: str) -> str:
+    """How well the models of a study tell other images from their data, by both scores."""
+    measures = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95"}
+    lines = []
+    for row in rows_of(experiments, study):
+        figures = {
+            (measure, *pair.split(":")[0].rsplit(" ", 1)): pair.split(":")[1]
+            for measure in measures
+            for pair in filter(None, row[measure].split(";"))
+        }
+        for other in dict.fromkeys(other for _, other, _ in figures):
+            line = [f"`{row['preset']}`", row["updates"], row["images"] or row["data"], other]
+            for score in ("logp", "gradient"):
+                line += [figures.get((measure, other, score), "") for measure in measures]
+            lines.append(line)
+    heads = [f"{score}, {name}" for score in ("log p", "gradient") for name in measures.values()]
+    kept = [i for i in range(4 + len(heads)) if i < 4 or any(line[i] for line in lines)]
+    head = ["preset", "updates", "data", "against", *heads]
+    return as_markdown([head[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
 
 def best_table(experiments: list[dict[str, str]]) -> str:
@@ -111,9 +133,12 @@ def renew(text: str, experiments: list[dict[str, str]]) -> str:
     """A page with its tables written anew."""
 
     def table(match: re.Match) -> str:
-        study = match[2]
-        body = best_table(experiments) if study == "best" else study_table(experiments, study)
-        return f"{match[1]}\n{body}\n{match[3]}"
+        kind, study = match[2], match[3]
+        if study == "best":
+            body = best_table(experiments)
+        else:
+            body = {"table": study_table, "scores": scores_table}[kind](experiments, study)
+        return f"{match[1]}\n{body}\n{match[4]}"
 
     return MARKS.sub(table, text)
 

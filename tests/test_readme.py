@@ -189,8 +189,9 @@ def test_every_row_of_the_experiments_has_a_known_preset_known_keys_and_numbers(
         for column in PERCENT:
             assert row[column] == "" or 0 <= float(row[column]) <= 100, row
         assert row["gap"] == "" or np.isfinite(float(row["gap"]))
-        for score in filter(None, row["auroc"].split(";")):
-            assert 0 <= float(score.rpartition(":")[2]) <= 100, row
+        for column in ("auroc", "aupr", "fpr95"):
+            for score in filter(None, row[column].split(";")):
+                assert 0 <= float(score.rpartition(":")[2]) <= 100, row
 
 
 def test_the_tables_of_the_pages_are_those_of_the_experiments():
