@@ -1800,21 +1800,21 @@ class RunFolder:
             return
         log.curves_drawn = now
         curves = {self.preset: read_curves(log.text, self.config)}
-        path = self.path / "curves.png"
-        try:
-            write_atomically(path, evaluate.figure_bytes(evaluate.curves_figure(curves), path))
-        except Failure as error:  # no reason to end a run
-            log.say(f"Warning: {error.message}")
+        save_figure(self.path / "curves.png", evaluate.curves_figure(curves), log)
 
-    def save_picture(self, update: int, images: Tensor | None) -> None:
+    def save_picture(self, update: int, images: Tensor | None, log: RunLog) -> None:
         """Writes chains, or draws of a generator, into samples/; None for models without either."""
         if self.writes and images is not None:
             picture = evaluate.grid_figure(images, caption=f"{self.preset}, update {update}")
-            path = self.path / "samples" / f"{update:07d}.png"
-            try:
-                write_atomically(path, evaluate.figure_bytes(picture, path))
-            except Failure as error:  # no reason to end a run
-                click.echo(f"Warning: {error.message}", err=True)
+            save_figure(self.path / "samples" / f"{update:07d}.png", picture, log)
+
+
+def save_figure(path: Path, figure, log: RunLog) -> None:
+    """Writes a picture of a run; where it cannot, a warning, since that is no reason to end it."""
+    try:
+        write_atomically(path, evaluate.figure_bytes(figure, path))
+    except Failure as error:
+        log.say(f"Warning: {error.message}")
 
 
 def fit(
@@ -1866,7 +1866,7 @@ def fit(
             folder.save(snapshot, guard, log)
             folder.save_curves(log, at_once=last or stop.requested)
         if update % picture_every == 0 or (last and train.pictures):
-            folder.save_picture(update, trainer.picture())
+            folder.save_picture(update, trainer.picture(), log)
 
 
 def advice_after_divergence(guard: Guard, folder: RunFolder) -> str:
@@ -2130,43 +2130,30 @@ def train_run(
         torch.set_num_threads(config.train.threads)
     images, labels = load_training_images(config, data_dir, processes)
     first = processes.rank == 0
-    with claim_folder(folder_path) if first else nullcontext(), Stop(processes) as stop:
+    claim = claim_folder(folder_path) if first else nullcontext()
+    with claim, Stop(processes) as stop:
         classes = folder_classes(config, data_dir)
         start = find_start(config, preset, folder_path / "ckpt.pt", init_from, classes)
         precision = start.precision(config, device)
         folder = RunFolder(
-            folder_path,
-            config,
-            start.preset,
-            start.origin,
-            precision,
-            device.type,
-            data_dir,
+            path=folder_path,
+            config=config,
+            preset=start.preset,
+            origin=start.origin,
+            precision=precision,
+            device=device.type,
+            data_dir=data_dir,
             writes=first,
             classes=classes,
         )
         trainer = Trainer(config, images, labels, device, precision, processes)
-        guard = Guard(config, trainer.state_dict(), processes)
         trainer.stop = stop
+        guard = Guard(config, trainer.state_dict(), processes)
         log = RunLog(folder_path / "log.csv", stop, config, first)
-        if start.branches:
-            branch_off(trainer, guard, start.state, start.path)
-            folder.save(guard.good, guard, log)  # so that the same command resumes
-        elif start.state:
-            resume_run(trainer, guard, log, start.state, start.path)
-        if start.state:
-            log.say(f"resuming after update {trainer.update} of {start.path}")
+        take_up(start, trainer, guard, log, folder)
         folder.begin()
-        if precision == "bfloat16" and not sampling.bfloat16_pays(device):
-            log.say(
-                "this processor only emulates bfloat16, many times slower than float32: --set "
-                "train.precision=float32, for a run that has begun with --init-from in a new --out"
-            )
         neighbours = find_neighbours(config, (images, labels), data_dir, device, log.say)
-        if data.DATASETS[config.data.name].classes is None:
-            log.say(data.describe_folder(Path(data_dir), folder_options(config)))
-        log.say(sizes(trainer))
-        log.say(plan(config, precision))
+        announce(trainer, folder, log)
         log.begin(trainer.update)
         try:
             fit(trainer, guard, log, folder, stop, neighbours)
@@ -2174,6 +2161,33 @@ def train_run(
             log.end()
         log.say(farewell(trainer, folder, len(guard.rollbacks)))
         return 0 if trainer.update >= config.train.updates else 130
+
+
+def take_up(start: Start, trainer: Trainer, guard: Guard, log: RunLog, folder: RunFolder) -> None:
+    """Brings all of them to the checkpoint that a run starts from, if there is one."""
+    if not start.state:
+        return
+    if start.branches:
+        branch_off(trainer, guard, start.state, start.path)
+        folder.save(guard.good, guard, log)  # so that the same command resumes
+    else:
+        resume_run(trainer, guard, log, start.state, start.path)
+    how = "beginning" if start.branches else "resuming"
+    log.say(f"{how} after update {trainer.update} of {start.path}")
+
+
+def announce(trainer: Trainer, folder: RunFolder, log: RunLog) -> None:
+    """Says what the run is on, how large it is and what it is going to do."""
+    config, precision = folder.config, folder.precision
+    if precision == "bfloat16" and not sampling.bfloat16_pays(trainer.device):
+        log.say(
+            "this processor only emulates bfloat16, many times slower than float32: --set "
+            "train.precision=float32, for a run that has begun with --init-from in a new --out"
+        )
+    if data.DATASETS[config.data.name].classes is None:
+        log.say(data.describe_folder(Path(folder.data_dir), folder_options(config)))
+    log.say(sizes(trainer))
+    log.say(plan(config, precision))
 
 
 def plan(config: Config, precision: str) -> str:

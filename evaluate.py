@@ -184,6 +184,9 @@ def whiten(train: Tensor, test: Tensor, damping: float = 0.03) -> tuple[Tensor, 
     return train.double() @ scale, test.double() @ scale
 
 
+WHITENED = {"latent": "whitened", "untrained": "untrained whitened"}  # columns of `knn_row`
+
+
 def knn_row(model, untrained, train, test, classes: int, device) -> dict[str, object]:
     """Accuracy of exact 1-NN on `latent` vectors, on those of the `untrained` network, on pixels.
 
@@ -221,9 +224,6 @@ def advice_on_latents(row: dict) -> str | None:
         f"The latents are worse neighbours than {' and '.join(better)}. {whitened}1-NN falls "
         "before it rises: see the learning curve, and whether more updates help (docs/recipes.md)"
     )
-
-
-WHITENED = {"latent": "whitened", "untrained": "untrained whitened"}
 
 
 def accuracy(model, test, device) -> float:

@@ -96,7 +96,8 @@ def updater(model, move, buffer, config, bfloat16: bool, device, fast=False):
 
     def update():
         slots, chains = buffer.draw(x)
-        buffer.images[slots] = chains = move(chains)
+        chains = move(chains)
+        buffer.store(slots, chains)
         learn(chains)
 
     return update
@@ -332,7 +333,7 @@ def neighbours(device, rounds: int) -> dict:
 def naive_training(preset: str, settings, data_dir: str) -> None:
     """Three updates as the public code bases make them."""
     config, device = cebm.compose(preset, settings), torch.device("cpu")
-    images = cebm.load_images(config, "train", data_dir)[0]
+    images = cebm.load_images(config, "train", data_dir)[0]  # in memory, as `train` has them
     model, c = naive_model(config, device), config.chains
     buffer = sampling.ReplayBuffer(c.buffer, config.data.image, c.reuse, torch.default_generator)
     update = updater(
@@ -345,7 +346,7 @@ def naive_training(preset: str, settings, data_dir: str) -> None:
     )
     for _ in range(3):
         update()
-    assert len(images)
+    del images
 
 
 def in_child(code: str) -> tuple[str, float]:
@@ -392,9 +393,8 @@ def seconds_to_first_update() -> float:
         process = subprocess.Popen(
             [*command, "--set", "log_every=1"], stdout=subprocess.PIPE, text=True
         )
-        for line in process.stdout:
-            if line.startswith("1/"):
-                break
+        if not any(line.startswith("1/") for line in process.stdout):
+            raise click.ClickException("train ended before its first update")
         first = time.perf_counter() - start
         process.kill()
         process.wait()
@@ -426,6 +426,8 @@ def hardware(device) -> str:
 @cebm.DEVICE
 def main(preset, data_dir, rounds, peers, picture, as_json, device):
     config = cebm.compose(preset)
+    if picture and (device.type != "cpu" or peers or data_dir):
+        raise click.UsageError("--growth is of updates on noise with --device cpu; no other option")
     result = {"preset": preset, "hardware": hardware(device), "rounds": rounds}
     if picture:
         result["growth"] = growth(preset, rounds)
@@ -443,7 +445,8 @@ def main(preset, data_dir, rounds, peers, picture, as_json, device):
     if as_json:
         click.echo(json.dumps(result))
         return
-    click.echo(f"{preset} on {result['hardware']}; medians of {rounds} rounds")
+    how = f"medians of {rounds} rounds (updates and 1-NN 3, --help 5)"
+    click.echo(f"{preset} on {result['hardware']}; {how}")
     for name, value in result.items():
         if isinstance(value, list):
             click.echo(f"\n{name}\n\n{cebm.table(value, True)}")

@@ -261,7 +261,7 @@ def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path):
     (tmp_path / "samples/0000008.png").mkdir(parents=True)
     result = run("train", *tiny("pictures=3"), "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
-    assert "Warning: cannot write" in result.stderr
+    assert "Warning: cannot write" in result.stdout
     assert cebm.load_checkpoint(tmp_path / "ckpt.pt")["updates"] == 24
 
 
