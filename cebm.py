@@ -132,6 +132,7 @@ class ModelConfig:
     head: Annotated[Literal["shared", "separate"], "CEBM: hidden layer of t1 and t2, or one each"]
     t2: Annotated[Literal["square", "softplus"], "CEBM: t2 of the output h, -h^2 or -softplus(h)"]
     t1_scale: Annotated[float, Between(0.001, 1000), "CEBM: what t1 is multiplied by at first"]
+    contrast: Annotated[Literal["none", "local"], "EBMs: lighting and tint are taken away first"]
     l2: Annotated[float, Between(0, 1e6), "weight of the L2 term on energies"]
     l2_on: Annotated[Literal["data", "both"], "whose energies: of data, or of chains too"]
     components: Annotated[int, Between(1, 10_000), "of the prior; 1 is N(0, I), more are learned"]

@@ -131,8 +131,35 @@ def patch_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return rows.permute(0, 3, 1, 2)
 
 
+class LocalContrast(nn.Module):
+    """Images less a blurred copy of themselves, then of mean 0 and standard deviation 1/2 each.
+
+    (B, C, H, W) -> the same. The blur is a Gaussian of 3/16 of the image's side in each channel,
+    over what lies in the image. So what follows does not see how bright an image is, its tint,
+    slow changes of light nor its contrast, unless that is below about 0.05; in photos these have
+    most of the variance. Not in the paper: subtractive and divisive normalisation (Jarrett et al.,
+    2009), here with one deviation for the whole image.
+    """
+
+    def __init__(self, image_shape):
+        super().__init__()
+        for name, side in zip(("blur_rows", "blur_columns"), image_shape[1:], strict=True):
+            place = torch.arange(side, dtype=torch.float32)
+            weights = torch.exp(-(((place[:, None] - place) / (3 / 16 * side)) ** 2) / 2)
+            weights /= weights.sum(1, keepdim=True)
+            self.register_buffer(name, weights, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x - self.blur_rows @ x @ self.blur_columns.T
+            x = x - x.mean((1, 2, 3), keepdim=True)
+            return 0.5 * x * (x.square().mean((1, 2, 3), keepdim=True) + 0.05**2).rsqrt()
+
+
 class Network(nn.Module):
     """Convolutions of Tables 5 to 8, then fully connected heads side by side, in float32.
+
+    With `config.contrast` "local" they see `LocalContrast` of the images.
 
     `heads` are tuples of the widths of a head's layers. Sides of 28 pixels become 28, 14, 7, 3 and
     sides of 32 become 32, 16, 8, 4.
@@ -140,6 +167,7 @@ class Network(nn.Module):
 
     def __init__(self, config, image_shape, heads, activation, normalise=False):
         super().__init__()
+        self.contrast = LocalContrast(image_shape) if config.contrast == "local" else None
         layers, (inputs, height, width) = [], image_shape
         for outputs, (size, stride) in zip(config.channels, CONVOLUTIONS, strict=True):
             layers.append(nn.Conv2d(inputs, outputs, size, stride, padding=1))
@@ -164,6 +192,8 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, outputs of all heads)."""
+        if self.contrast is not None:
+            x = self.contrast(x).contiguous(memory_format=torch.channels_last)
         features = self.trunk[1:](self.first_convolution(x))
         return torch.cat([in_float32(head, features) for head in self.heads], dim=1)
 
@@ -820,13 +850,14 @@ class ModelKind:
 
 DECODED_SIDES = tuple(DECODER)
 MIXTURE = frozenset(("components", "prior_mean_std", "prior_std"))
-CONTRAST = frozenset(("l2", "l2_on"))
+DIVERGENCE = frozenset(("l2", "l2_on"))  # of contrastive divergence
+IN_PIXELS = DIVERGENCE | {"contrast"}
 CONJUGATE = ModelKind(
     Conjugate.of,
     "langevin",
     density=True,
     posterior=True,
-    keys=CONTRAST | {"head", "t2", "t1_scale"},
+    keys=IN_PIXELS | {"head", "t2", "t1_scale"},
 )
 AUTOENCODER = ModelKind(
     VAE,
@@ -856,7 +887,7 @@ def with_mixture(kind: ModelKind, *keys: str) -> ModelKind:
 MODELS = {
     "cebm": CONJUGATE,
     "gmm-cebm": with_mixture(CONJUGATE, "represent"),
-    "igebm": ModelKind(IGEBM, "langevin", density=True, posterior=False, keys=CONTRAST),
+    "igebm": ModelKind(IGEBM, "langevin", density=True, posterior=False, keys=IN_PIXELS),
     "vae": AUTOENCODER,
     "gmm-vae": with_mixture(AUTOENCODER),
     "bigan": ENCODED_GAME,
@@ -871,11 +902,13 @@ MODELS = {
         sides=DECODED_SIDES,
         keys=frozenset({"gradient_penalty"}),
     ),
-    "jem": ModelKind(JEM, "langevin", density=True, posterior=False, labels=True, keys=CONTRAST),
-    "hdge": ModelKind(HDGE, None, density=True, posterior=False, labels=True),
-    "rbm": ModelKind(RBM, "gibbs", density=True, posterior=True, keys=CONTRAST),
+    "jem": ModelKind(JEM, "langevin", density=True, posterior=False, labels=True, keys=IN_PIXELS),
+    "hdge": ModelKind(
+        HDGE, None, density=True, posterior=False, labels=True, keys=frozenset({"contrast"})
+    ),
+    "rbm": ModelKind(RBM, "gibbs", density=True, posterior=True, keys=DIVERGENCE),
     "efh": ModelKind(
-        Harmonium, "gibbs", density=True, posterior=True, keys=CONTRAST | {"visible_std"}
+        Harmonium, "gibbs", density=True, posterior=True, keys=DIVERGENCE | {"visible_std"}
     ),
 }
 

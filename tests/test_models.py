@@ -231,6 +231,27 @@ def test_a_first_scale_multiplies_t1_and_leaves_t2_and_the_random_numbers(head):
     assert after[0] == after[1]
 
 
+@pytest.mark.parametrize("name", ["cebm", "gmm-cebm", "igebm", "jem", "hdge"])
+def test_with_local_contrast_light_tint_and_contrast_do_not_change_an_energy(name):
+    model = build(name, (3, 32, 32), contrast="local").double()
+    x = torch.randn(4, 3, 32, 32).double()
+    tint, light = torch.randn(4, 3, 1, 1), torch.randn(4, 1, 1, 1)
+    seen = model.energy(x)
+    torch.testing.assert_close(model.energy(x + tint + light), seen)
+    torch.testing.assert_close(model.energy(3 * x), seen, rtol=1e-2, atol=1e-3)
+    assert (build(name, (3, 32, 32)).double().energy(x + tint) - model.energy(x)).abs().min() > 1e-6
+    x = torch.zeros(2, 3, 32, 32).double().requires_grad_(True)  # no contrast at all
+    (gradient,) = torch.autograd.grad(model.energy(x).sum(), x)
+    assert gradient.isfinite().all()
+
+
+def test_local_contrast_has_mean_0_and_deviation_one_half():
+    y = models.LocalContrast((3, 24, 40))(5 + 2 * torch.randn(6, 3, 24, 40))
+    torch.testing.assert_close(y.mean((1, 2, 3)), torch.zeros(6), atol=1e-5, rtol=0)
+    deviations = y.flatten(1).std(1)
+    torch.testing.assert_close(deviations, torch.full((6,), 0.5), atol=2e-3, rtol=0)
+
+
 def test_any_network_that_returns_t1_and_h_makes_a_conjugate_model():
     class Trunk(torch.nn.Module):
         def __init__(self):
