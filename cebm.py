@@ -2843,16 +2843,18 @@ def ood(checkpoints, form, data_dir, skip_unreadable, device, against):
     metavar="PATH",
     help="Your images in place of the data set's: a file or a folder; may be repeated.",
 )
+@click.option("--whiten", is_flag=True, help="Whitened latents too, as `knn` compares them.")
 @out_option("--map", help="A picture of the means too: UMAP if installed, else PCA.")
 @out_option("--out", default="latents.npz", help="An .npz or .csv.")
 @DATA_DIR
 @SKIP_UNREADABLE
 @DEVICE
-def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, device):
+def export(checkpoint, split, images, whiten, map, out, data_dir, skip_unreadable, device):
     """Write each image's latent mean, std and energy (where the model has them) to a file.
 
     The mean is the vector that `knn` uses, the std that of the whole posterior. With them go the
-    labels and, where these have names, `classes`; of --images the `path` of each.
+    labels and, where these have names, `classes`; of --images the `path` of each. --whiten adds the
+    means along the principal directions of the training images' means, brought to one scale.
 
     Example: python cebm.py export runs/quickstart/ckpt.pt --map map.png
     """
@@ -2862,6 +2864,8 @@ def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, devic
     require_writable(map, evaluate.PICTURES, inputs=[checkpoint, *images])
     model, config, state = load_model(checkpoint, device)
     about = {}
+    if whiten or not images:
+        read = reader_of(config, state, data_dir, skip_unreadable)
     if images:
         groups = [data.find_files([path]) for path in images]
         paths = [path for group in groups for path in group]
@@ -2871,7 +2875,6 @@ def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, devic
         names, source = [str(path) for path in images], "new images"
         labels = torch.tensor([i for i, group in enumerate(groups) for _ in group])[kept]
     else:
-        read = reader_of(config, state, data_dir, skip_unreadable)
         pixels, labels, paths = read.with_paths(split)
         names, source = read.names(), f"{config.data.name} {split}"
         if paths is not None:
@@ -2881,6 +2884,11 @@ def export(checkpoint, split, images, map, out, data_dir, skip_unreadable, devic
         if names not in ([data.UNLABELLED], [str(label) for label in range(len(names))]):
             about["classes"] = names  # numbers that are their own names need none
     arrays = evaluate.latents(model, pixels, device)
+    if whiten:
+        train = evaluate.in_batches(model.represent, read("train")[0], device, label="training set")
+        arrays["whitened"] = evaluate.whiten(train.cpu(), torch.from_numpy(arrays["mean"]))[
+            1
+        ].numpy()
     arrays |= {name: evaluate.as_array(column) for name, column in about.items()}
     content = evaluate.csv_bytes if out.lower().endswith(".csv") else evaluate.npz_bytes
     write_atomically(Path(out), content(arrays))

@@ -800,6 +800,18 @@ def test_a_map_of_one_latent_dimension_is_a_line(tmp_path):
     assert result.exit_code == 0, result.stderr
 
 
+def test_whitened_latents_can_be_exported_and_are_those_of_knn(trained, tmp_path):
+    for split in ("train", "test"):
+        out = tmp_path / f"{split}.npz"
+        result = run("export", trained / "ckpt.pt", "--split", split, "--whiten", "--out", out)
+        assert result.exit_code == 0, result.stderr
+    with np.load(tmp_path / "train.npz") as train, np.load(tmp_path / "test.npz") as test:
+        found = evaluate.nearest(*(torch.from_numpy(part["whitened"]) for part in (train, test)))
+        right = 100 * (train["labels"][found] == test["labels"]).mean()
+    row = json.loads(run("knn", trained / "ckpt.pt", "--json").stdout)[0]
+    assert round(right, 2) == row["whitened"]
+
+
 def test_export_can_draw_a_map(trained, tmp_path):
     result = run(
         "export", trained / "ckpt.pt", "--out", tmp_path / "a.npz", "--map", tmp_path / "map.png"
