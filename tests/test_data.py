@@ -487,14 +487,14 @@ def test_a_folder_too_small_for_a_test_split_says_so(tmp_path):
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     write_classes(tmp_path, {"cat": 2, "lost+found": 1})
-    honest = Path.iterdir
+    honest = os.scandir
 
-    def iterdir(self):
-        if self.name == "lost+found":
+    def scandir(folder):
+        if Path(folder).name == "lost+found":
             raise PermissionError(13, "Permission denied")
-        return honest(self)
+        return honest(folder)
 
-    monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(data.DataError, match=r"lost\+found cannot be read \(Permission denied"):
         data.find_folder(tmp_path)
 
