@@ -332,13 +332,16 @@ def outside(folder: Path) -> set[Path]:
     return set(folder.resolve().parents)
 
 
-def entries(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder, by name, without hidden things; DataError if it cannot be read."""
+def entries(folder: Path) -> list[os.DirEntry | Path]:
+    """What is in a folder, by name, without hidden things; DataError if it cannot be read.
+
+    Links are paths, which are neither files nor folders where they lead nowhere.
+    """
     try:
-        with os.scandir(folder) as found:
-            return sorted(
-                (entry for entry in found if is_shown(entry.name)), key=attrgetter("name")
-            )
+        with os.scandir(folder) as everything:
+            shown = [entry for entry in everything if is_shown(entry.name)]
+        shown = [folder / entry.name if entry.is_symlink() else entry for entry in shown]
+        return sorted(shown, key=attrgetter("name"))
     except OSError as error:
         reason = f"{error.strerror}: make it readable, or move it elsewhere"
         raise DataError(f"{folder} cannot be read ({reason})") from error

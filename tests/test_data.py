@@ -364,6 +364,8 @@ def test_links_are_followed_once_and_only_regular_files_are_read(tmp_path):
     for link, target in [("loop", "."), ("above", "..")]:
         (tmp_path / "train" / link).symlink_to(target)
     (cat / "broken.png").symlink_to("nowhere")
+    (cat / "itself.png").symlink_to("itself.png")
+    (tmp_path / "train" / "itself").symlink_to("itself")
     os.mkfifo(cat / "pipe.png")
     images, found = data.load("folder", "train", tmp_path, (1, 28, 28))
     assert torch.equal(images, expected)
