@@ -2886,9 +2886,8 @@ def export(checkpoint, split, images, whiten, map, out, data_dir, skip_unreadabl
     arrays = evaluate.latents(model, pixels, device)
     if whiten:
         train = evaluate.in_batches(model.represent, read("train")[0], device, label="training set")
-        arrays["whitened"] = evaluate.whiten(train.cpu(), torch.from_numpy(arrays["mean"]))[
-            1
-        ].numpy()
+        _, whitened = evaluate.whiten(train.cpu(), torch.from_numpy(arrays["mean"]))
+        arrays["whitened"] = whitened.numpy()
     arrays |= {name: evaluate.as_array(column) for name, column in about.items()}
     content = evaluate.csv_bytes if out.lower().endswith(".csv") else evaluate.npz_bytes
     write_atomically(Path(out), content(arrays))
