@@ -727,7 +727,7 @@ def test_show_refuses_files_that_are_no_checkpoint_and_runs_no_code(trained, tmp
         torch.save(state, bad)
         result = run("show", bad)
         assert result.exit_code == 1, state
-        assert "bad.pt is no whole checkpoint" in result.stderr
+        assert "bad.pt" in result.stderr
     assert not (tmp_path / "ran").exists()
 
 
