@@ -103,7 +103,7 @@ def best_table(experiments: list[dict[str, str]]) -> str:
     """The best 1-NN of the paper's models, bold where it reaches the authors', in brackets.
 
     Rows that are not `comparable` are left out: of another likelihood, of latents after the last
-    activation, of weights averaged over runs.
+    activation, of weights averaged over runs, of a smaller network.
     """
     best: dict[tuple[str, str], float] = {}
     untrained: dict[str, list[float]] = {source: [] for source in PIXELS}
@@ -112,7 +112,8 @@ def best_table(experiments: list[dict[str, str]]) -> str:
         if row["knn"] and row["comparable"] == "yes" and (model, row["data"]) in PLACES:
             place = model, row["data"]
             best[place] = max(best.get(place, 0.0), float(row["knn"]))
-        if row["knn_untrained"] and model == "cebm" and row["data"] in PIXELS:
+        of_paper = model == "cebm" and row["comparable"] == "yes"
+        if row["knn_untrained"] and of_paper and row["data"] in PIXELS:
             untrained[row["data"]].append(float(row["knn_untrained"]))
     lines = []
     for model, theirs in AUTHORS.items():
