@@ -787,6 +787,13 @@ def require_writable(path: str | None, endings, inputs=()) -> None:
         raise Failure(f"{problem}: {error.strerror}") from error
 
 
+def require_outside(path: Path | str | None, folder: Path) -> None:
+    """Failure where a picture would come among the images that a command reads."""
+    inside, around = Path(path or os.devnull).resolve(), folder.resolve()
+    if folder.is_dir() and (inside == around or around in inside.parents):
+        raise Failure(f"{path} would be in {folder}, among the images: choose another place")
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint whole or not at all."""
     with replacing(path) as file:
@@ -956,6 +963,10 @@ def is_of_type(value: object, hint) -> bool:
 
 def load_model(path, device="cpu"):
     """A checkpoint's model in evaluation mode on `device`, its `Config`, and all that it holds."""
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # backends that are not there raise any kind
+        raise Failure(f"device {device!s} cannot be used here: {first_line(error):.200}") from error
     state = load_checkpoint(path)
     config = parse_config(state["config"])
     averaged = state.get("average") if config.train.average else None
@@ -2313,7 +2324,17 @@ def refuse_wrong_settings(_context, _parameter, settings: tuple[str, ...]) -> tu
     return settings
 
 
-CHECKPOINT = partial(click.argument, type=click.Path(exists=True, dir_okay=False), metavar="CKPT")
+class CheckpointPath(click.Path):
+    """An existing file; a run folder stands for its checkpoint."""
+
+    def convert(self, value, parameter, context):
+        inside = os.path.join(value, "ckpt.pt")
+        return super().convert(inside if os.path.isfile(inside) else value, parameter, context)
+
+
+CHECKPOINT = partial(
+    click.argument, type=CheckpointPath(exists=True, dir_okay=False), metavar="CKPT"
+)
 DATA_DIR = click.option(
     "--data-dir",
     callback=refuse_empty,
@@ -2537,15 +2558,6 @@ def train(preset, settings, out, seed, init_from, data_dir, skip_unreadable, dev
     sys.exit(status)
 
 
-def require_outside(folder: Path, images: Path) -> None:
-    """Failure where a run's pictures would come among the images that it is trained on."""
-    inside, around = folder.resolve(), images.resolve()
-    if inside == around or around in inside.parents:
-        raise Failure(
-            f"the run folder {folder} would be in {images}, among the images: choose another --out"
-        )
-
-
 @main.command()
 @CHECKPOINT("checkpoint")
 @click.option(
@@ -2599,6 +2611,7 @@ def sample(
     Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise
     """
     require_writable(out, evaluate.PICTURES, inputs=[checkpoint])
+    require_outside(out, Path(given or os.devnull))
     model, config, state = load_model(checkpoint, device)
     refuse_unusable_options(config.model.name)
     originals = None
@@ -2768,8 +2781,8 @@ def require_classes(config: Config) -> None:
     """Failure where there are no labels to compare with."""
     if config.data.classes < 2:
         raise Failure(
-            "this needs labels: the images are of one class, or unlabelled. `export`, `sample` and "
-            "`ood` work; for labels put images into a folder a class"
+            "this needs labels, and the model was trained on images of one class, or without. "
+            "`export`, `sample` and `ood` work; else train anew, on a folder of images a class"
         )
 
 
@@ -2862,6 +2875,8 @@ def export(checkpoint, split, images, whiten, map, out, data_dir, skip_unreadabl
         raise click.UsageError("--split is of the data set, not of --images")
     require_writable(out, [".npz", ".csv"], inputs=[checkpoint, *images])
     require_writable(map, evaluate.PICTURES, inputs=[checkpoint, *images])
+    for folder in images:
+        require_outside(map, folder)
     model, config, state = load_model(checkpoint, device)
     about = {}
     if whiten or not images:

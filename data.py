@@ -43,6 +43,8 @@ def as_pixels(images) -> Tensor:
     `images` is a NumPy array or a tensor (N, C, H, W), (N, H, W, C) or, if grey, (N, H, W).
     ValueError for other shapes and for floats that look as if they were in [0, 1] or [0, 255].
     """
+    if isinstance(images, np.ndarray):
+        images = np.ascontiguousarray(images)  # a[::-1] has strides that torch cannot hold
     images = torch.as_tensor(images)
     if images.dim() == 3:
         images = images[:, None]
@@ -302,9 +304,21 @@ def describe_folder(root: Path, options: FolderOptions) -> str:
         of_what = "of all" if UNLABELLED in counts else "of each class"
         how = f", a fifth {of_what}, chosen by data.split_seed = {options.split_seed}"
     return (
-        f"{root}, laid out as {folder.layout}: {sum(counts.values())} images to train on, "
-        f"{test} to test{how}; {classes}"
+        f"{root}, laid out as {folder.layout}: {sum(counts.values())} image files to train on, "
+        f"{test} to test{how}; {classes}{describe_others(root)}"
     )
+
+
+def describe_others(root: Path) -> str:
+    """What is said of files in a folder that are not read, such as phones' .heic."""
+    counts = Counter()
+    for _, _, names in os.walk(root):
+        endings = (Path(name).suffix.lower() or "no ending" for name in names if is_shown(name))
+        counts.update(ending for ending in endings if ending not in ENDINGS)
+    if not counts:
+        return ""
+    listed = ", ".join(f"{ending} ({count})" for ending, count in counts.most_common(3))
+    return f"; not read: {listed}{', ...' if len(counts) > 3 else ''}"
 
 
 def split_classes(classes: dict[str, list[Path]], root: Path, seed: int, share=5):

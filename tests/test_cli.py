@@ -1130,7 +1130,7 @@ def album(tmp_path_factory):
 def test_before_training_a_folder_and_what_will_be_made_of_it_are_told(album):
     root, result = album
     assert "images of 30 x 20 (32) (width x height) are scaled to 16 x 16, str" in result.stderr
-    assert "laid out as DIR/CLASS: 32 images to train on, 8 to test" in result.stdout
+    assert "laid out as DIR/CLASS: 32 image files to train on, 8 to test" in result.stdout
     assert "2 classes: dark (16), light (16)" in result.stdout
     told = float(result.stdout.split("checkpoint ")[1].split(" MB")[0])
     size = (root / "run/ckpt.pt").stat().st_size / 1e6
@@ -1169,6 +1169,34 @@ def test_a_folder_that_moved_or_has_other_classes_is_not_taken_for_the_models(al
     renamed = run("export", moved, *out, "--data-dir", tmp_path / "copy/images")
     assert renamed.exit_code == 1
     assert "has the classes bright, dark; when the model was trained" in renamed.stderr
+
+
+def test_a_run_folder_stands_for_its_checkpoint_and_pictures_stay_out_of_the_images(
+    album, tmp_path
+):
+    root, _ = album
+    by_folder = run("show", root / "run/ckpt.pt").stdout
+    assert "latent" in by_folder
+    row, same = (
+        json.loads(run("knn", root / p, "--json").stdout)[0] for p in ("run", "run/ckpt.pt")
+    )
+    assert row["latent"] == same["latent"]
+    images = root / "images"
+    commands = [
+        ("export", "--images", images, "--out", tmp_path / "l.npz", "--map", images / "map.png"),
+        ("sample", "--given", images, "--out", images / "dark/s.png"),
+    ]
+    for name, *options in commands:
+        result = run(name, root / "run", *options)
+        assert result.exit_code == 1
+        assert "among the images" in result.stderr
+    assert not list(images.rglob("s.png")) + list(images.rglob("map.png"))
+
+
+def test_a_device_that_is_none_is_named_where_a_model_is_loaded(trained):
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(cebm.Failure, match=f"device {name} cannot be used here"):
+            cebm.load_model(trained / "ckpt.pt", name)
 
 
 def test_a_folders_run_is_resumed_with_no_other_data_set(album):

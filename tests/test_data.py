@@ -435,7 +435,7 @@ def test_of_a_folder_of_classes_a_fifth_of_each_is_for_testing(tmp_path):
     assert levels("test", tmp_path) == test  # each time the same
     assert levels("test", tmp_path, seed=1)[0] != test[0]
     said = data.describe_folder(tmp_path, data.FolderOptions())
-    assert "DIR/CLASS: 54 images to train on, 14 to test" in said
+    assert "DIR/CLASS: 54 image files to train on, 14 to test" in said
     assert "4 classes: cat (32), dog (20), emu (1), fox (1)" in said
 
 
@@ -485,6 +485,19 @@ def test_a_folder_too_small_for_a_test_split_says_so(tmp_path):
     assert levels("train", tmp_path)[0] == [0, 1]
     with pytest.raises(data.DataError, match="no images for the split test"):
         levels("test", tmp_path)
+
+
+def test_files_that_are_not_read_are_counted_by_their_endings(tmp_path):
+    write_classes(tmp_path, {"cat": 2, "dog": 2})
+    for name in ("a.HEIC", "b.heic", "notes", ".DS_Store"):
+        (tmp_path / "cat" / name).write_text("")
+    said = data.describe_folder(tmp_path, data.FolderOptions())
+    assert said.endswith("; not read: .heic (2), no ending (1)")
+
+
+def test_arrays_with_strides_backwards_are_pixels_too():
+    array = np.arange(2 * 8 * 8, dtype=np.uint8).reshape(2, 8, 8)
+    assert torch.equal(data.as_pixels(array[::-1]), data.as_pixels(array).flip(0))
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
