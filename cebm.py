@@ -2819,7 +2819,9 @@ def ood(checkpoints, form, data_dir, skip_unreadable, device, against):
     """How well the model tells its test set from other data: AUROC, AUPR and FPR95, in percent.
 
     By log p(x) up to a constant, that is -E(x) or a VAE's ELBO, and by minus its gradient's norm.
-    FPR95 is the share of the other data that passes where 95 % of the test set does.
+    FPR95 is the share of the other data that passes where 95 % of the test set does. By chance
+    AUROC is 50, FPR95 95 and AUPR the share of the test set among all images, so that AUPR says
+    little where the others are few.
 
     Example: python cebm.py ood runs/cebm-fmnist/ckpt.pt --against mnist
     """
