@@ -61,12 +61,12 @@ def in_batches(function, images, device="cpu", size: int = 1000, label: str = ""
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device):
+def seeded(seed: int, device):
     """Seeds torch's random numbers of the CPU and of `device` inside, and restores them afterwards.
 
     Those of other devices stay as they are: a training may draw from them.
     """
-    generators = torch.default_generator, sampling.default_generator(device)
+    generators = torch.default_generator, sampling.default_generator(torch.device(device))
     states = [generator.get_state() for generator in generators]
     for generator in generators:
         generator.manual_seed(seed)

@@ -98,7 +98,7 @@ def test_figures_of_a_model_that_draws_are_the_same_each_time_and_leave_the_rand
 def test_seeding_the_cpu_touches_no_other_device(monkeypatch):
     # torch.manual_seed would: in a training on a GPU, a new model would reset its random numbers.
     monkeypatch.setattr(torch, "manual_seed", lambda _: pytest.fail("all devices are seeded"))
-    with evaluate.seeded(3, CPU):
+    with evaluate.seeded(3, "cpu"):
         drawn = torch.rand(4)
     monkeypatch.undo()
     torch.manual_seed(3)
