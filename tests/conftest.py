@@ -1,5 +1,7 @@
 """Fixtures of several test files."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,10 @@ from helpers import run, tiny
 from PIL import Image
 
 torch.set_num_threads(1)  # as in the processes: the promise of equal bits is for one count
+
+
+# A shell's background job ignores Ctrl-C, and so would the runs that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
