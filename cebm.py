@@ -2324,12 +2324,17 @@ def refuse_wrong_settings(_context, _parameter, settings: tuple[str, ...]) -> tu
     return settings
 
 
+def checkpoint_at(path: str) -> str:
+    """`path`, or the checkpoint in it if it is a run folder."""
+    inside = os.path.join(path, "ckpt.pt")
+    return inside if os.path.isfile(inside) else path
+
+
 class CheckpointPath(click.Path):
-    """An existing file; a run folder stands for its checkpoint."""
+    """An existing checkpoint, or a run folder that has one."""
 
     def convert(self, value, parameter, context):
-        inside = os.path.join(value, "ckpt.pt")
-        return super().convert(inside if os.path.isfile(inside) else value, parameter, context)
+        return super().convert(checkpoint_at(value), parameter, context)
 
 
 CHECKPOINT = partial(
@@ -2984,7 +2989,7 @@ def known_checkpoint(what: str) -> dict[str, object]:
     if not os.path.exists(what):
         near = nearest_word(what, read_recipes()["presets"])
         raise click.UsageError(f"{what!r} is neither a preset nor a file{near}")
-    return read_outline(what)
+    return read_outline(checkpoint_at(what))
 
 
 def list_presets() -> str:
