@@ -316,7 +316,7 @@ def test_a_run_of_an_earlier_format_is_evaluated_and_begun_anew_from(tmp_path):
     longer = (*command, "--set", "updates=14", "--init-from", FORMAT_7)
     result = run("train", *longer, "--out", tmp_path / "new")
     assert result.exit_code == 0, result.stderr
-    assert "resuming after update 12" in result.stdout
+    assert "beginning after update 12" in result.stdout
     assert cebm.load_checkpoint(tmp_path / "new/ckpt.pt")["format"] == cebm.FORMAT
 
 
