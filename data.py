@@ -312,7 +312,8 @@ def describe_folder(root: Path, options: FolderOptions) -> str:
 def describe_others(root: Path) -> str:
     """What is said of files in a folder that are not read, such as phones' .heic."""
     counts = Counter()
-    for _, _, names in os.walk(root):
+    for _, folders, names in os.walk(root):
+        folders[:] = filter(is_shown, folders)  # where the walk goes on
         endings = (Path(name).suffix.lower() or "no ending" for name in names if is_shown(name))
         counts.update(ending for ending in endings if ending not in ENDINGS)
     if not counts:

@@ -491,6 +491,8 @@ def test_files_that_are_not_read_are_counted_by_their_endings(tmp_path):
     write_classes(tmp_path, {"cat": 2, "dog": 2})
     for name in ("a.HEIC", "b.heic", "notes", ".DS_Store"):
         (tmp_path / "cat" / name).write_text("")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "index.db").write_text("")
     said = data.describe_folder(tmp_path, data.FolderOptions())
     assert said.endswith("; not read: .heic (2), no ending (1)")
 
