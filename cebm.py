@@ -788,8 +788,10 @@ def require_writable(path: str | None, endings, inputs=()) -> None:
 
 
 def require_outside(path: Path | str | None, folder: Path) -> None:
-    """Failure where a picture would come among the images that a command reads."""
-    inside, around = Path(path or os.devnull).resolve(), folder.resolve()
+    """Failure where a picture would come among the images that a command reads; None is none."""
+    if path is None:
+        return
+    inside, around = Path(path).resolve(), folder.resolve()
     if folder.is_dir() and (inside == around or around in inside.parents):
         raise Failure(f"{path} would be in {folder}, among the images: choose another place")
 
@@ -2616,7 +2618,8 @@ def sample(
     Example: python cebm.py sample runs/quickstart/ckpt.pt --from noise
     """
     require_writable(out, evaluate.PICTURES, inputs=[checkpoint])
-    require_outside(out, Path(given or os.devnull))
+    if given is not None:
+        require_outside(out, Path(given))
     model, config, state = load_model(checkpoint, device)
     refuse_unusable_options(config.model.name)
     originals = None
@@ -2885,41 +2888,60 @@ def export(checkpoint, split, images, whiten, map, out, data_dir, skip_unreadabl
     for folder in images:
         require_outside(map, folder)
     model, config, state = load_model(checkpoint, device)
-    about = {}
-    if whiten or not images:
-        read = reader_of(config, state, data_dir, skip_unreadable)
     if images:
-        groups = [data.find_files([path]) for path in images]
-        paths = [path for group in groups for path in group]
-        pixels, kept = data.read_images(paths, config.data.image, skip_unreadable)
-        about["path"] = [str(paths[i]) for i in kept]
-        # The map shows which of --images a point is of.
-        names, source = [str(path) for path in images], "new images"
-        labels = torch.tensor([i for i, group in enumerate(groups) for _ in group])[kept]
+        chosen = chosen_images(config, images, skip_unreadable)
     else:
-        pixels, labels, paths = read.with_paths(split)
-        names, source = read.names(), f"{config.data.name} {split}"
-        if paths is not None:
-            about["path"] = [str(path) for path in paths]
-        if names != [data.UNLABELLED]:
-            about["labels"] = labels.numpy()
-        if names not in ([data.UNLABELLED], [str(label) for label in range(len(names))]):
-            about["classes"] = names  # numbers that are their own names need none
-    arrays = evaluate.latents(model, pixels, device)
+        chosen = split_images(reader_of(config, state, data_dir, skip_unreadable), split)
+    arrays = evaluate.latents(model, chosen.pixels, device)
     if whiten:
+        read = reader_of(config, state, data_dir, skip_unreadable)
         train = evaluate.in_batches(model.represent, read("train")[0], device, label="training set")
         _, whitened = evaluate.whiten(train.cpu(), torch.from_numpy(arrays["mean"]))
         arrays["whitened"] = whitened.numpy()
-    arrays |= {name: evaluate.as_array(column) for name, column in about.items()}
+    arrays |= {name: evaluate.as_array(column) for name, column in chosen.columns.items()}
     content = evaluate.csv_bytes if out.lower().endswith(".csv") else evaluate.npz_bytes
     write_atomically(Path(out), content(arrays))
     say(f"{out}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
     if map:
         points, method = evaluate.plane(arrays["mean"])
-        title = f"{config.model.name}, {source}, {checkpoint}"
-        figure = evaluate.map_figure(points, labels.numpy(), names, title, method)
+        title = f"{config.model.name}, {chosen.source}, {checkpoint}"
+        figure = evaluate.map_figure(points, chosen.groups.numpy(), chosen.names, title, method)
         write_atomically(Path(map), evaluate.figure_bytes(figure, map))
         say(f"{map}: {method}")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Images whose latents go to a file, and what goes with them."""
+
+    pixels: Tensor  # uint8 (N, C, H, W)
+    groups: Tensor  # (N,), what a map colours them by
+    names: list[str]  # of the groups
+    source: str  # in words
+    columns: dict[str, object]  # of the file
+
+
+def chosen_images(config: Config, images: tuple[Path, ...], skip_unreadable: bool) -> Exported:
+    """Those of --images; the map shows which of these paths a point is of."""
+    groups = [data.find_files([path]) for path in images]
+    paths = [path for group in groups for path in group]
+    pixels, kept = data.read_images(paths, config.data.image, skip_unreadable)
+    labels = torch.tensor([i for i, group in enumerate(groups) for _ in group])[kept]
+    columns = {"path": [str(paths[i]) for i in kept]}
+    return Exported(pixels, labels, [str(path) for path in images], "new images", columns)
+
+
+def split_images(read: Reader, split: str) -> Exported:
+    """Those of a split of a checkpoint's data, with labels where it has classes."""
+    pixels, labels, paths = read.with_paths(split)
+    names, columns = read.names(), {}
+    if paths is not None:
+        columns["path"] = [str(path) for path in paths]
+    if names != [data.UNLABELLED]:
+        columns["labels"] = labels.numpy()
+    if names not in ([data.UNLABELLED], [str(label) for label in range(len(names))]):
+        columns["classes"] = names  # numbers that are their own names need none
+    return Exported(pixels, labels, names, f"{read.config.data.name} {split}", columns)
 
 
 @main.command()
