@@ -132,6 +132,7 @@ class ModelConfig:
     head: Annotated[Literal["shared", "separate"], "CEBM: hidden layer of t1 and t2, or one each"]
     t2: Annotated[Literal["square", "softplus"], "CEBM: t2 of the output h, -h^2 or -softplus(h)"]
     t1_scale: Annotated[float, Between(0.001, 1000), "CEBM: what t1 is multiplied by at first"]
+    spread: Annotated[float, Between(0, 1e6), "CEBM: weight of spreading latents over directions"]
     contrast: Annotated[Literal["none", "local"], "EBMs: lighting and tint are taken away first"]
     l2: Annotated[float, Between(0, 1e6), "weight of the L2 term on energies"]
     l2_on: Annotated[Literal["data", "both"], "whose energies: of data, or of chains too"]
@@ -638,10 +639,12 @@ def check(config: Config, processes: int = 1) -> None:
     for key, number in shared.items():
         if number % processes:
             raise click.UsageError(f"{key} = {number}: not a multiple of {processes} processes")
-    if config.model.standardise and train.batch == processes:
-        raise click.UsageError(
-            f"train.batch = {train.batch}: too small, means of one image cannot be standardised"
-        )
+    for key, least in ("standardise", 2), ("spread", 3):  # what they compare within a batch
+        if getattr(config.model, key) and train.batch // processes < least:
+            raise click.UsageError(
+                f"train.batch = {train.batch}: too small, model.{key} needs {least} images"
+                + " in each process" * (processes > 1)
+            )
 
 
 def as_yaml(tree: object) -> str:

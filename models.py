@@ -398,13 +398,31 @@ def contrastive_loss(
     return contrastive(energies[: len(x)], energies[len(x) :], l2, l2_on)
 
 
+def concentration(z: Tensor) -> Tensor:
+    """How few directions have the variance of latents z: (B, D) -> a scalar, for B of at least 3.
+
+    The sum of <z_i, z_j>^2 over that of |z_i|^2 |z_j|^2, i and j all pairs of different images, the
+    batch's mean taken away: 0 if they are orthogonal, 1 if they lie on a line. In large batches it
+    is tr(C^2) / tr(C)^2 of the covariance C, which is one over the participation ratio of C's
+    eigenvalues, so from 1 / D to 1. Terms that decorrelate latents are known from Barlow Twins
+    (Zbontar et al., 2021) and VICReg (Bardes et al., 2022); this one leaves their scale alone.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = z - z.mean(0)
+        lengths = z.square().sum(1)
+        with_itself = lengths.square().sum()
+        return ((z @ z.T).square().sum() - with_itself) / (lengths.sum().square() - with_itself)
+
+
 class Conjugate(nn.Module):
     """CEBM and GMM-CEBM: E(x, z) = -<t(x), eta(z)> + E_lam(z) (Eq. 17), eta(z) = (z, z^2).
 
     `network` is any module that maps images (B, C, H, W) to a pair (t1, h), each (B, D), or to both
     in one tensor (B, 2 D). `t2` says what the second statistic is of h. `prior` is N(0, I) with
     `GaussianPrior(D)`, a mixture with `GaussianPrior(D, components)`. `represent` is "component" or
-    "mixture": whose mean is the latent vector. `l2`, `l2_on`: see `contrastive`.
+    "mixture": whose mean is the latent vector. `l2`, `l2_on`: see `contrastive`. `spread`, not in
+    the paper, is the weight of `concentration` of the data's latents in the loss: without it few
+    directions come to have most of their variance, and plain distances see little else.
 
     Normalisation over the batch (nn.BatchNorm2d) in `network` would let the images of a batch
     change each other's energies: keep such layers in evaluation mode, or use others.
@@ -418,11 +436,12 @@ class Conjugate(nn.Module):
         represent: Literal["component", "mixture"] = "component",
         l2: float = 0.1,
         l2_on: Literal["data", "both"] = "data",
+        spread: float = 0.0,
     ):
         super().__init__()
         self.network, self.prior = network, prior
         self.t2, self.likeliest = t2, represent == "component"
-        self.l2, self.l2_on = l2, l2_on
+        self.l2, self.l2_on, self.spread = l2, l2_on, spread
 
     @classmethod
     def of(cls, config, image_shape, num_classes: int) -> Conjugate:
@@ -440,7 +459,9 @@ class Conjugate(nn.Module):
             for parameter in network.heads[0][-1].parameters():
                 parameter[: config.latent] *= config.t1_scale
         prior = GaussianPrior.of(config)
-        return cls(network, prior, config.t2, config.represent, config.l2, config.l2_on)
+        return cls(
+            network, prior, config.t2, config.represent, config.l2, config.l2_on, config.spread
+        )
 
     def t(self, x: Tensor) -> Tensor:
         """Statistics of images: (B, C, H, W) -> (B, 2, D).
@@ -473,7 +494,14 @@ class Conjugate(nn.Module):
 
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Persistent contrastive divergence on E(x); labels y are unused and may be None."""
-        return contrastive_loss(self, x, chains, self.l2, self.l2_on)
+        t = self.t(torch.cat([x, chains]))
+        energies = self.prior.marginal_energy(t)
+        loss, metrics = contrastive(energies[: len(x)], energies[len(x) :], self.l2, self.l2_on)
+        if self.spread:
+            latents = self.prior.mean(t[: len(x)], self.likeliest)
+            metrics["concentration"] = concentration(latents)
+            loss = loss + self.spread * metrics["concentration"]
+        return loss, metrics
 
 
 class LinearStatistics(nn.Module):
@@ -857,7 +885,7 @@ CONJUGATE = ModelKind(
     "langevin",
     density=True,
     posterior=True,
-    keys=IN_PIXELS | {"head", "t2", "t1_scale"},
+    keys=IN_PIXELS | {"head", "t2", "t1_scale", "spread"},
 )
 AUTOENCODER = ModelKind(
     VAE,

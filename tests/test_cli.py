@@ -493,11 +493,18 @@ def test_two_processes_train_one_run_and_go_on_only_as_two(small, tmp_path):
     odd = cebm.compose("quickstart", ["batch=15"])
     with pytest.raises(click.UsageError, match="batch = 15: not a multiple of 2 processes"):
         cebm.check(odd, processes=2)
+    small = cebm.compose("quickstart", ["batch=4", "spread=1.0"])
+    with pytest.raises(click.UsageError, match="needs 3 images in each process"):
+        cebm.check(small, processes=2)
 
 
-def test_means_of_one_image_are_not_standardised_but_refused(tmp_path):
-    settings = ["--preset", "bigan-mnist-r1", "--set", "batch=1", "--out", tmp_path]
-    result = run("train", *settings)
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [("bigan-mnist-r1", ["batch=1"]), ("cebm-fmnist", ["batch=2", "spread=1.0"])],
+)
+def test_a_batch_too_small_for_what_is_compared_within_it_is_refused(tmp_path, preset, settings):
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    result = run("train", "--preset", preset, *chosen, "--out", tmp_path)
     assert result.exit_code == 2
     assert "too small" in result.stderr
     assert list(tmp_path.rglob("*.pt")) == []

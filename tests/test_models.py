@@ -231,6 +231,34 @@ def test_a_first_scale_multiplies_t1_and_leaves_t2_and_the_random_numbers(head):
     assert after[0] == after[1]
 
 
+def test_concentration_is_1_on_a_line_and_known_for_corners_of_a_simplex():
+    line = torch.randn(6, 1) * torch.randn(8) + torch.randn(8)
+    torch.testing.assert_close(models.concentration(line), torch.tensor(1.0))
+    corners = 3 * torch.eye(6) + 10  # seen from their middle, the cosine of two of them is -1 / 5
+    torch.testing.assert_close(models.concentration(corners), torch.tensor(1 / 25))
+
+
+def test_concentration_of_many_latents_is_one_over_the_participation_ratio():
+    variances = torch.tensor([9.0, 4.0, 1.0, 1.0, 0.25]).double()
+    rotation = torch.linalg.qr(torch.randn(5, 5).double()).Q
+    z = torch.randn(20_000, 5).double() * variances.sqrt() @ rotation + 7
+    ratio = variances.sum() ** 2 / variances.square().sum()
+    torch.testing.assert_close(models.concentration(z), 1 / ratio, rtol=0.03, atol=0)
+    torch.testing.assert_close(models.concentration(100 * z), models.concentration(z))
+
+
+@pytest.mark.parametrize("name", ["cebm", "gmm-cebm"])
+def test_spread_adds_the_concentration_of_the_datas_latents_to_the_loss(name):
+    model, spread = (build(name).double() for _ in range(2))
+    spread.load_state_dict(model.state_dict())
+    spread.spread = 7.0
+    x, chains = (torch.rand(5, 1, 28, 28).double() * 2 - 1 for _ in range(2))
+    (plain, _), (more, metrics) = (m.loss(x, None, chains) for m in (model, spread))
+    expected = models.concentration(model.represent(x))
+    torch.testing.assert_close(metrics["concentration"], expected)
+    torch.testing.assert_close(more, plain + 7 * expected)
+
+
 @pytest.mark.parametrize("name", ["cebm", "gmm-cebm", "igebm", "jem", "hdge"])
 def test_with_local_contrast_light_tint_and_contrast_do_not_change_an_energy(name):
     model = build(name, (3, 32, 32), contrast="local").double()
