@@ -77,6 +77,12 @@ def in_float32(head: nn.Module, features: Tensor) -> Tensor:
         return head(features.to(torch.promote_types(features.dtype, torch.float32)))
 
 
+def gradients(output: Tensor, inputs, **options) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad` with autocast off, which would round the gradients of `in_float32`."""
+    with torch.autocast(output.device.type, enabled=False):
+        return torch.autograd.grad(output, inputs, **options)
+
+
 def normal(mean: Tensor, std: Tensor) -> td.Independent:
     """A diagonal Gaussian, event (D,). Not validated: a NaN is for the training loop to see."""
     return td.Independent(td.Normal(mean, std, validate_args=False), 1)
@@ -787,12 +793,12 @@ class Game(nn.Module):
         loss_g = F.softplus(-on_generated).mean()
         if self.pairs:  # the encoder wants its pairs to be taken for generated ones
             loss_g = loss_g + F.softplus(on_real).mean()
-        slopes = torch.autograd.grad(loss_g, (*z, *copies), retain_graph=True)
+        slopes = gradients(loss_g, (*z, *copies), retain_graph=True)
         originals = (*real[1:], *generated)
         carried = sum((v * slope).sum() for v, slope in zip(originals, slopes, strict=True))
         accuracy = ((on_real > 0).float().mean() + (on_generated < 0).float().mean()) / 2
         if weight:  # R1 of Mescheder et al. (2018), here of a D whose BatchNorm links the images
-            (slope,) = torch.autograd.grad(on_real.sum(), x, create_graph=True)
+            (slope,) = gradients(on_real.sum(), x, create_graph=True)
             loss_d = loss_d + weight / 2 * slope.square().sum() / len(slope)
         loss_g = loss_g.detach() + carried - carried.detach()  # its value, the gradients of carried
         metrics = {"discriminator": loss_d, "generator": loss_g, "accuracy": accuracy}

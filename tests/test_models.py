@@ -561,6 +561,29 @@ class Square(torch.nn.Module):
         return self.a * x.square().flatten(1).sum(1) + sum(self.b * v.square().sum(1) for v in z)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 10.0])
+def test_under_autocast_a_game_has_the_gradients_of_what_is_computed_in_float32(penalty):
+    class InFloat32(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.head = torch.nn.Linear(784, 20), torch.nn.Linear(20, 1)
+
+        def forward(self, x):
+            hidden = models.in_float32(self.hidden, x.flatten(1)).tanh()
+            return models.in_float32(self.head, hidden)[:, 0]
+
+    model, found = build("gan", gradient_penalty=penalty), []
+    model.discriminator = InFloat32()
+    x, generated = (torch.rand(6, 1, 28, 28) * 2 - 1 for _ in range(2))
+    generated.requires_grad_(True)
+    for bfloat16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss, _ = model.play((x,), (generated,))
+        tensors = generated, *model.discriminator.parameters()
+        found.append(torch.autograd.grad(loss, tensors))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["gan", "bigan"])
 def test_the_gradient_penalty_is_half_its_weight_times_the_squared_slope_in_real_images(name):
     x, ends = torch.rand(8, 1, 28, 28) * 2 - 1, []

@@ -230,6 +230,18 @@ def test_in_bfloat16_one_step_differs_by_under_two_percent_of_its_length():
     assert 1e-4 < (fast - plain).norm() / (plain - x).norm() < 0.02
 
 
+def test_in_bfloat16_what_an_energy_computes_in_float32_has_its_gradient_in_float32_too():
+    head = torch.nn.Linear(784, 20)
+    x = torch.rand(8, 1, 28, 28, generator=seeded()) * 2 - 1
+
+    def energy(x):
+        return models.in_float32(head, x.flatten(1)).square().sum(1)
+
+    plain = sampling.langevin(energy, x, 1, 1.0, 0.0)
+    fast = sampling.fast_langevin(head, energy, x, 1, of_chains(1.0, 0.0), None, bfloat16=True)
+    torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-6)
+
+
 # The replay buffer
 
 
