@@ -432,10 +432,12 @@ def read_folder(split: str, root: Path, shape, options: FolderOptions) -> tuple[
 
 def read_folder_files(split: str, root: Path, shape, options: FolderOptions):
     """`read_folder`, and the images' files in their order."""
-    classes = find_folder(root, options.split_seed).split(split)
+    folder = find_folder(root, options.split_seed)
+    classes, others = folder.split(split), folder.test if split == "train" else folder.train
     paths = [path for files in classes.values() for path in files]
     labels = [label for label, files in enumerate(classes.values()) for _ in files]
-    images, read = read_images(paths, shape, options.skip_unreadable, f"{split}: ")
+    beside = [path for files in (others or {}).values() for path in files]
+    images, read = read_images(paths, shape, options.skip_unreadable, f"{split}: ", beside)
     labels = torch.tensor(labels, dtype=torch.long)[read]
     left = labels.bincount(minlength=len(classes)).tolist()
     for (name, files), count in zip(classes.items(), left, strict=True):
@@ -445,14 +447,15 @@ def read_folder_files(split: str, root: Path, shape, options: FolderOptions):
 
 
 def read_images(
-    paths: list[Path], shape, skip_unreadable=False, what=""
+    paths: list[Path], shape, skip_unreadable=False, what="", beside=()
 ) -> tuple[Tensor, list[int]]:
     """Image files scaled to `shape` (C, H, W), C 1 or 3: uint8 (N, C, H, W), and which they are.
 
     `what` they are begins the lines on them.
 
     Says what a user may not expect: transparency, lost colours, other shapes. DataError lists all
-    files that cannot be read, unless they are to be skipped.
+    files that cannot be read, unless they are to be skipped; then also those of the paths `beside`,
+    which are to be read later, so that all can be mended at once.
     """
     channels, height, width = shape
     if channels not in (1, 3):
@@ -473,7 +476,13 @@ def read_images(
                 sizes[picture.size] += 1
                 transparent += picture.transparent
                 coloured += picture.coloured
-    report_unreadable(problems, len(paths), skip_unreadable)
+    count = len(paths)
+    if problems and not skip_unreadable:
+        count += len(beside)
+        with ThreadPoolExecutor() as pool:
+            later = pool.map(attempt, beside)
+            problems += [picture.message for picture in later if isinstance(picture, DataError)]
+    report_unreadable(problems, count, skip_unreadable)
     if len(read) < len(paths):
         images = images[read]
     say_sizes(sizes, shape, what)

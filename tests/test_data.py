@@ -390,7 +390,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     write_folder(tmp_path)
     truncated = tmp_path / "train/dog/0.png"
     truncated.write_bytes(truncated.read_bytes()[:60])
-    with pytest.raises(data.DataError, match=r"1 of 4 images cannot be read:\n.*dog/0\.png"):
+    with pytest.raises(data.DataError, match=r"1 of 8 images cannot be read:\n.*dog/0\.png"):
         data.load("folder", "train", str(tmp_path), shape)
     pixels = np.zeros((24, 24), np.uint8)
     Image.fromarray(pixels).save(picture := tmp_path / "train/cat/1.tif")
@@ -544,6 +544,17 @@ def test_images_that_cannot_be_read_are_all_listed_and_can_be_left_out(tmp_path,
     assert images[:, 0, 0, 0].tolist() == [0, 2, 3, 4, 5, 6, 7, 9]
     assert labels.tolist() == [0] * 4 + [1] * 4
     assert "dog/3.png (no image)\nThey are left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_that_cannot_be_read_are_listed_for_both_splits_at_once(tmp_path, split):
+    for place in ("train", "test"):
+        write_classes(tmp_path / place, {"cat": 5})
+        (tmp_path / place / "cat/1.png").write_bytes(b"no picture")
+    with pytest.raises(data.DataError) as refusal:
+        levels(split, tmp_path)
+    for said in ("2 of 10 images", "train/cat/1.png (no image)", "test/cat/1.png (no image)"):
+        assert said in refusal.value.message
 
 
 def test_files_and_folders_of_any_layout_are_found(tmp_path):
