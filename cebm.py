@@ -2631,15 +2631,17 @@ def sample(
         originals = find_originals(config, given, place, skip_unreadable).to(device)
     generator = torch.Generator(device).manual_seed(stream_seed("sample", seed))
     columns = None if originals is None else min(len(originals), 16)
+    # As in training, where that is faster here too.
+    bfloat16 = state.get("precision") == "bfloat16" and sampling.bfloat16_pays(device)
     if trace:
         count = count if "--count" in options_in_use() else 8
-        images, story = trace_chains(model, config, count, steps, trace, generator)
+        images, story = trace_chains(model, config, count, steps, trace, generator, bfloat16)
         columns = trace
     elif models.MODELS[config.model.name].decoder:
         images, story = decode(model, config, originals, count, refine, seed, generator)
     else:
         start, x = chain_start(config, state, source, originals, count, seed, generator)
-        images, end = run_chains(model, config, originals, x, steps, generator)
+        images, end = run_chains(model, config, originals, x, steps, generator, bfloat16)
         story = f"{len(x)} chains from {start}, {end}"
     if wrong := int((~images.flatten(1).isfinite().all(1)).sum()):
         raise Failure(f"{wrong} of {len(images)} samples are not finite: the weights have diverged")
@@ -2681,7 +2683,9 @@ def beneath(originals: Tensor, images: Tensor, columns: int) -> Tensor:
     return torch.cat(rows)
 
 
-def trace_chains(model, config: Config, count: int, steps: int | None, moments: int, generator):
+def trace_chains(
+    model, config: Config, count: int, steps: int | None, moments: int, generator, bfloat16: bool
+):
     """`count` chains from noise, each at evenly spaced moments from its start to its end.
 
     Images (count * moments, C, H, W), chain by chain, and a line on them.
@@ -2693,7 +2697,7 @@ def trace_chains(model, config: Config, count: int, steps: int | None, moments: 
     states = [x]
     for earlier, later in itertools.pairwise(times):
         move = sampling.mover(
-            sampler, model, model.energy, later - earlier, config.chains, generator
+            sampler, model, model.energy, later - earlier, config.chains, generator, bfloat16
         )
         x = move(x) if later > earlier else x
         states.append(x)
@@ -2734,7 +2738,9 @@ def chain_start(config: Config, state, source: str, originals, count: int, seed:
     return "noise", sampling.uniform((count, *config.data.image), generator)
 
 
-def run_chains(model, config: Config, originals, x: Tensor, steps: int | None, generator):
+def run_chains(
+    model, config: Config, originals, x: Tensor, steps: int | None, generator, bfloat16: bool
+):
     """Chains on E(x), or on E(x, z) of the latents z of `originals`: images, a line on them."""
     kind, energy = models.MODELS[config.model.name], model.energy
     if originals is not None:
@@ -2743,7 +2749,7 @@ def run_chains(model, config: Config, originals, x: Tensor, steps: int | None, g
     if steps is None:
         steps = config.chains.final_steps or config.chains.steps
     sampler = kind.chains or "langevin"  # HDGE has an energy, though no chains in training
-    end = sampling.mover(sampler, model, energy, steps, config.chains, generator)(x)
+    end = sampling.mover(sampler, model, energy, steps, config.chains, generator, bfloat16)(x)
     joint = "" if originals is None else " on E(x, z), z the latents of the images above"
     return end, (
         f"{steps} steps{joint}: mean energy {energy(x).mean().item():.4g} -> "

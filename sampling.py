@@ -23,7 +23,8 @@ def langevin(
     """x (B, ...) <- x - step_size dE/dx + noise_std N(0, I), in +-bound if > 0, `steps` times."""
     for _ in range(steps):
         x = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(energy(x), x, x.new_ones(len(x)))
+        # With gradients of (B,) in place of the sum, torch would import SymPy first: half a second.
+        (gradient,) = torch.autograd.grad(energy(x).sum(), x)
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         x = torch.sub(x.detach(), gradient, alpha=step_size).add_(noise, alpha=noise_std)
         if bound:
