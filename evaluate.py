@@ -531,6 +531,7 @@ PANELS = {  # of curves_figure: title -> columns of the log, with how each line 
     "energy": {"energy_data": "-", "energy_chains": "--"},
     "loss": {"loss": "-"},
     "gap of energies": {"gap": "-"},
+    "concentration of latents": {"concentration": "-"},
     "pixels of chains": {"pixel_min": "-", "pixel_max": "-"},
     "learning rate": {"rate": "-"},
     "1-NN, percent": {

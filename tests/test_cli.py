@@ -659,9 +659,12 @@ def test_the_small_checkpoints_draw_from_noise_and_are_not_trained_on(
     before, after = (float(v) for v in result.stdout.split("energy ")[1].split(",")[0].split("->"))
     assert after < between < before
     (tmp_path / "ckpt.pt").write_bytes(path.read_bytes())
+    read = []  # what was read before the refusal: nothing
+    monkeypatch.setattr(data, "load", lambda *arguments: read.append(arguments))
     result = run("train", "--preset", name, "--out", tmp_path, "--set", "batch=8")
     assert result.exit_code == 1
     assert "has other settings" in result.stderr
+    assert read == []
     assert (tmp_path / "ckpt.pt").read_bytes() == path.read_bytes()
 
 
