@@ -2146,13 +2146,13 @@ def train_run(
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     classes = folder_classes(config, data_dir)
-    begin = partial(find_start, config, preset, folder_path / "ckpt.pt", init_from, classes)
-    begin()  # refuses what does not fit before images are read
+    asked = config, preset, folder_path / "ckpt.pt", init_from, classes
+    find_start(*asked)  # refuses what does not fit before images are read
     images, labels = load_training_images(config, data_dir, processes)
     first = processes.rank == 0
     claim = claim_folder(folder_path) if first else nullcontext()
     with claim, Stop(processes) as stop:
-        start = begin()
+        start = find_start(*asked)
         precision = start.precision(config, device)
         folder = RunFolder(
             path=folder_path,
