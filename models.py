@@ -498,6 +498,18 @@ class Conjugate(nn.Module):
         """The posterior's mean, or that of its likeliest component: (B, C, H, W) -> (B, D)."""
         return self.prior.mean(self.t(x), self.likeliest)
 
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """What `represent`, `energy` and `posterior` say, by one pass of the network.
+
+        (B, C, H, W) -> `mean` (B, D), `energy` (B,), and `std` (B, D), the posterior's deviations.
+        """
+        t = self.t(x)
+        return {
+            "mean": self.prior.mean(t, self.likeliest),
+            "energy": self.prior.marginal_energy(t),
+            "std": self.prior.posterior(t).variance.sqrt(),
+        }
+
     def loss(self, x: Tensor, y: Tensor, chains: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Persistent contrastive divergence on E(x); labels y are unused and may be None."""
         t = self.t(torch.cat([x, chains]))

@@ -248,6 +248,22 @@ def test_concentration_of_many_latents_is_one_over_the_participation_ratio():
 
 
 @pytest.mark.parametrize("name", ["cebm", "gmm-cebm"])
+def test_encode_is_mean_energy_and_deviation_by_one_pass_of_the_network(name, monkeypatch):
+    model, x = build(name), torch.rand(5, 1, 28, 28) * 2 - 1
+    expected = {
+        "mean": model.represent(x),
+        "energy": model.energy(x),
+        "std": model.posterior(x).variance.sqrt(),
+    }
+    passes, forward = [], model.network.forward
+    monkeypatch.setattr(model.network, "forward", lambda x: passes.append(len(x)) or forward(x))
+    found = model.encode(x)
+    assert passes == [5]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["cebm", "gmm-cebm"])
 def test_spread_adds_the_concentration_of_the_datas_latents_to_the_loss(name):
     model, spread = (build(name).double() for _ in range(2))
     spread.load_state_dict(model.state_dict())
