@@ -881,6 +881,8 @@ class ModelKind:
     - `joint_energy(x, z) -> (B,)` if `posterior` and not `decoder`,
     - `decode(z) -> x`, `generate(count) -> x` and a `prior` with `sample(count)` if `decoder`,
     - `latent_energy(z) -> (B,)` if `latent_energy`, and `classify(x) -> (B,)` if `labels`.
+
+    It may have `encode(x)`, its latents, energies and deviations at once (see `Conjugate.encode`).
     """
 
     build: Callable[..., nn.Module]
