@@ -834,19 +834,19 @@ def read_outline(path) -> dict[str, object]:
 def reading_checkpoint(path):
     """Failure, with the reason, for whatever a damaged file provokes inside."""
     read_recipes()  # a mistake there is no fault of the file
-    problem = f"{path} is no whole checkpoint of format {FORMAT}"
+    problem = f"{path} is no checkpoint of format {FORMAT}, or not a whole one"
     require_regular(Path(path), problem)
     try:
         yield
     except click.UsageError as error:  # of its configuration
-        raise Failure(f"{problem} ({error.message}): take another copy") from error
+        raise Failure(f"{problem} ({error.message})") from error
     except Failure as error:
         raise Failure(f"{path}: {error.message}") from error
     except Exception as error:  # torch and pickle raise what the damage happens to provoke
         if isinstance(error, OSError) and error.strerror:
             raise Failure(f"cannot read {path}: {error.strerror}") from error
         reason = str(error) if type(error) is ValueError else type(error).__name__
-        raise Failure(f"{problem} ({reason}): take another copy") from error
+        raise Failure(f"{problem} ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -2038,13 +2038,14 @@ def find_start(
     """Where a run starts whose checkpoint belongs at `path`; `classes` are those of a folder."""
     if path.exists():
         state = load_checkpoint(path)
-        require_same_run(state, config, path)
-        if state.get("classes", classes) != classes:
-            before, now = (", ".join(names) or "none" for names in (state["classes"], classes))
+        known = state.get("classes")
+        if known and classes and known != classes:
+            before, now = (", ".join(names) or "none" for names in (known, classes))
             raise Failure(
                 f"{path} was trained on {state['data_dir']} with the classes {before}; now they "
                 f"are {now}: use another --out"
             )
+        require_same_run(state, config, path)
         if state["format"] != FORMAT:
             raise Failure(
                 f"{path} was begun by an earlier version, whose random numbers were others: go on "
@@ -2257,13 +2258,14 @@ def farewell(trainer: Trainer, folder: RunFolder, rollbacks: int) -> str:
         if not folder.checkpoint.exists():
             return "interrupted; nothing was saved"
         return f"interrupted; the same command resumes from {path}"
-    first = "knn" if trainer.config.data.classes > 1 else "export"
-    knn = shlex.join(["python", "cebm.py", first, path, *folder.data_option])
-    sample = shlex.join(["python", "cebm.py", "sample", path])
+    commands = ["export", "sample"]
+    if trainer.config.data.classes > 1:
+        commands.insert(0, "knn")
+    lines = ["  " + shlex.join(["python", "cebm.py", command, path]) for command in commands]
     back = ""
     if rollbacks:
         back = f", after {rollbacks} rollback{'s' * (rollbacks > 1)}; a lower train.rate has fewer"
-    return f"done: {path}{back}\nnow try:\n  {knn}\n  {sample}"
+    return "\n".join([f"done: {path}{back}", "now try:", *lines])
 
 
 # ------------------------------------------------------------------------------------- Commands
@@ -2375,7 +2377,7 @@ def table_options(command):
         DATA_DIR,
         click.option("--markdown", "form", flag_value="markdown", help="For a README."),
         click.option("--json", "form", flag_value="json", help="For a program."),
-        CHECKPOINT("checkpoints", nargs=-1, required=True),
+        CHECKPOINT("checkpoints", nargs=-1, required=True, metavar="CKPT..."),
     ):
         command = option(command)
     return command

@@ -40,9 +40,12 @@ def normalise(images: Tensor) -> Tensor:
 def as_pixels(images) -> Tensor:
     """Somebody's images as the models take them: uint8, or float32 in [-1, 1].
 
-    `images` is a NumPy array or a tensor (N, C, H, W), (N, H, W, C) or, if grey, (N, H, W).
+    `images` is a NumPy array or a tensor (N, C, H, W), (N, H, W, C) or, if grey, (N, H, W), or a
+    list of N arrays.
     ValueError for other shapes and for floats that look as if they were in [0, 1] or [0, 255].
     """
+    if isinstance(images, (list, tuple)):
+        images = np.stack(images)
     if isinstance(images, np.ndarray):
         images = np.ascontiguousarray(images)  # a[::-1] has strides that torch cannot hold
     images = torch.as_tensor(images)

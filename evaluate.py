@@ -85,12 +85,14 @@ def latents(model, images, device="cpu") -> dict[str, np.ndarray]:
     another size than the model's. Of a mixture `std` is that of the whole posterior, while `mean`
     may be one component's. A VAE's energy is drawn with a fixed seed.
     """
+    axes = np.ndim(images)
     device, images = torch.device(device), as_pixels(images)
     wanted = getattr(model, "image_shape", images.shape[1:])
     if tuple(images.shape[1:]) != tuple(wanted):
+        hint = ". A single image needs a first axis: image[None]" if axes == 3 else ""
         raise ValueError(
             f"images of {tuple(images.shape[1:])} (channels, height, width): the model is for "
-            f"{tuple(wanted)}"
+            f"{tuple(wanted)}{hint}"
         )
     shapes = {}  # of each column's rows
 

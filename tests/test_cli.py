@@ -1058,9 +1058,9 @@ def test_where_nothing_can_be_written_is_refused_before_the_work(tmp_path, comma
     assert "choose another --out" in result.stderr
     place = tmp_path / ("a.npz" if (command, option) == ("export", "--out") else "a.png")
     place.write_text("old")  # where it can be, it waits for what is written
-    assert "no whole checkpoint" in run(command, tmp_path / "file", option, place).stderr
+    assert "or not a whole one" in run(command, tmp_path / "file", option, place).stderr
     deep = run(command, tmp_path / "file", option, tmp_path / "new" / "deep" / place.name)
-    assert "no whole checkpoint" in deep.stderr  # and no folder is left
+    assert "or not a whole one" in deep.stderr  # and no folder is left
     assert [(p.name, p.read_text()) for p in sorted(tmp_path.iterdir())] == [
         (place.name, "old"),
         ("file", "no checkpoint"),
@@ -1215,6 +1215,17 @@ def test_a_folders_run_is_resumed_with_no_other_data_set(album):
     assert result.exit_code == 1
     assert "data.name (folder, now glyphs)" in result.stderr
     assert (root / "run/ckpt.pt").read_bytes() == before
+
+
+def test_a_folders_run_is_not_resumed_on_another_folder_whose_classes_are_named(album, tmp_path):
+    root, _ = album
+    for i in range(5):
+        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(tmp_path / f"{i}.png")  # without classes
+    settings = tiny("image=[3, 16, 16]", "updates=4", "evaluate_every=2", "warmup=0")
+    command = ["train", "--preset", "cebm-folder", *settings, "--data-dir", tmp_path]
+    result = run(*command, "--out", root / "run")
+    assert result.exit_code == 1
+    assert "images with the classes dark, light; now they are none: use an" in result.stderr
 
 
 def test_new_images_are_encoded_scored_and_reconstructed(album, tmp_path):

@@ -502,6 +502,11 @@ def test_arrays_with_strides_backwards_are_pixels_too():
     assert torch.equal(data.as_pixels(array[::-1]), data.as_pixels(array).flip(0))
 
 
+def test_a_list_of_arrays_is_as_good_as_one_array():
+    array = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
+    assert torch.equal(data.as_pixels(list(array)), data.as_pixels(array))
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     write_classes(tmp_path, {"cat": 2, "lost+found": 1})
     honest = os.scandir

@@ -440,6 +440,9 @@ def test_images_of_another_size_than_the_models_are_refused_by_their_shapes():
     model.image_shape = (1, 28, 28)
     with pytest.raises(ValueError, match=r"\(1, 27, 27\).* the model is for \(1, 28, 28\)"):
         evaluate.latents(model, noise(2, 1, 27, 27))
+    model.image_shape = (3, 28, 28)
+    with pytest.raises(ValueError, match=r"single image needs a first axis: image\[None\]"):
+        evaluate.latents(model, noise(3, 28, 28))  # read as three grey ones
 
 
 def test_a_curve_of_one_point_is_a_dot_and_what_no_run_has_gets_no_panel():
