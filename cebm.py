@@ -2206,6 +2206,9 @@ def announce(trainer: Trainer, folder: RunFolder, log: RunLog) -> None:
         )
     if data.DATASETS[config.data.name].classes is None:
         log.say(data.describe_folder(Path(folder.data_dir), folder_options(config)))
+    if trainer.update >= config.train.updates:
+        log.say("nothing to do: the run has made its updates; a larger train.updates goes on")
+        return
     log.say(sizes(trainer))
     log.say(plan(config, precision))
 
@@ -2324,6 +2327,19 @@ def refuse_unknown_preset(_context, _parameter, name: str) -> str:
     """Before torch is loaded, which takes seconds."""
     require_preset(name)
     return name
+
+
+def refuse_words(_context, _parameter, words: tuple[str, ...]) -> None:
+    """Of a preset, a folder or a setting without its option, says which one it may need."""
+    for word in words:
+        if "=" in word:
+            raise click.UsageError(f"unexpected {word}; did you mean --set {word}?")
+        if os.path.isdir(word):
+            raise click.UsageError(f"unexpected {word}; did you mean --data-dir {word}?")
+        presets = read_recipes()["presets"]
+        close = difflib.get_close_matches(word, presets, n=1, cutoff=0.4)
+        hint = f"; did you mean --preset {close[0]}?" if close else ""
+        raise click.UsageError(f"unexpected {word}{hint}")
 
 
 def refuse_wrong_settings(_context, _parameter, settings: tuple[str, ...]) -> tuple[str, ...]:
@@ -2528,6 +2544,7 @@ def main():
 
 
 @main.command()
+@click.argument("words", nargs=-1, metavar="", callback=refuse_words, expose_value=False)
 @click.option("--preset", default="quickstart", callback=refuse_unknown_preset, help="See `show`.")
 @click.option(
     "--set",

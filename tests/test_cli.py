@@ -499,6 +499,20 @@ def test_two_processes_train_one_run_and_go_on_only_as_two(small, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("cebm-folder-fst", "--preset cebm-folder-fast?"),
+        ("rate=1e-3", "--set rate=1e-3?"),
+        (str(ROOT), f"--data-dir {ROOT}?"),
+    ],
+)
+def test_a_word_without_its_option_is_refused_with_the_option_that_it_may_need(word, meant):
+    result = run("train", word)
+    assert result.exit_code == 2
+    assert f"unexpected {word}; did you mean {meant}" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("preset", "settings"),
     [("bigan-mnist-r1", ["batch=1"]), ("cebm-fmnist", ["batch=2", "spread=1.0"])],
 )
