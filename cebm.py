@@ -2153,7 +2153,7 @@ def train_run(
     first = processes.rank == 0
     claim = claim_folder(folder_path) if first else nullcontext()
     with claim, Stop(processes) as stop:
-        start = find_start(*asked)
+        start = find_start(*asked)  # anew: another `train` may have ended here meanwhile
         precision = start.precision(config, device)
         folder = RunFolder(
             path=folder_path,
@@ -2331,15 +2331,17 @@ def refuse_unknown_preset(_context, _parameter, name: str) -> str:
 
 def refuse_words(_context, _parameter, words: tuple[str, ...]) -> None:
     """Of a preset, a folder or a setting without its option, says which one it may need."""
-    for word in words:
-        if "=" in word:
-            raise click.UsageError(f"unexpected {word}; did you mean --set {word}?")
-        if os.path.isdir(word):
-            raise click.UsageError(f"unexpected {word}; did you mean --data-dir {word}?")
-        presets = read_recipes()["presets"]
-        close = difflib.get_close_matches(word, presets, n=1, cutoff=0.4)
-        hint = f"; did you mean --preset {close[0]}?" if close else ""
-        raise click.UsageError(f"unexpected {word}{hint}")
+    if not words:
+        return
+    word = words[0]
+    presets = difflib.get_close_matches(word, read_recipes()["presets"], n=1, cutoff=0.4)
+    if "=" in word:
+        meant = f"--set {word}"
+    elif os.path.isdir(word):
+        meant = f"--data-dir {word}"
+    else:
+        meant = f"--preset {presets[0]}" if presets else ""
+    raise click.UsageError(f"unexpected {word}" + (f"; did you mean {meant}?" if meant else ""))
 
 
 def refuse_wrong_settings(_context, _parameter, settings: tuple[str, ...]) -> tuple[str, ...]:

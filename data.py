@@ -482,9 +482,7 @@ def read_images(
     count = len(paths)
     if problems and not skip_unreadable:
         count += len(beside)
-        with ThreadPoolExecutor() as pool:
-            later = pool.map(attempt, beside)
-            problems += [picture.message for picture in later if isinstance(picture, DataError)]
+        problems += unreadable(beside, attempt)
     report_unreadable(problems, count, skip_unreadable)
     if len(read) < len(paths):
         images = images[read]
@@ -497,6 +495,13 @@ def read_images(
             f'the colours, train with --set "data.image=[3,{height},{width}]"'
         )
     return images, read
+
+
+def unreadable(paths, attempt) -> list[str]:
+    """What is wrong with those of the files that `attempt`, a `try_image`, cannot read."""
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(attempt, paths)
+        return [picture.message for picture in found if isinstance(picture, DataError)]
 
 
 def report_unreadable(problems: list[str], count: int, skip: bool, most: int = 20) -> None:

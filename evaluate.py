@@ -85,13 +85,12 @@ def latents(model, images, device="cpu") -> dict[str, np.ndarray]:
     another size than the model's. Of a mixture `std` is that of the whole posterior, while `mean`
     may be one component's. A VAE's energy is drawn with a fixed seed.
     """
-    axes = np.ndim(images)
-    device, images = torch.device(device), as_pixels(images)
-    wanted = getattr(model, "image_shape", images.shape[1:])
-    if tuple(images.shape[1:]) != tuple(wanted):
-        hint = ". A single image needs a first axis: image[None]" if axes == 3 else ""
+    device, pixels = torch.device(device), as_pixels(images)
+    wanted = getattr(model, "image_shape", pixels.shape[1:])
+    if tuple(pixels.shape[1:]) != tuple(wanted):
+        hint = ". A single image needs a first axis: image[None]" if np.ndim(images) == 3 else ""
         raise ValueError(
-            f"images of {tuple(images.shape[1:])} (channels, height, width): the model is for "
+            f"images of {tuple(pixels.shape[1:])} (channels, height, width): the model is for "
             f"{tuple(wanted)}{hint}"
         )
     shapes = {}  # of each column's rows
@@ -102,7 +101,7 @@ def latents(model, images, device="cpu") -> dict[str, np.ndarray]:
         return torch.cat([values.reshape(len(x), -1) for values in columns.values()], dim=1)
 
     with seeded(0, device):
-        values = in_batches(joined, images, device, label="encoding").cpu()
+        values = in_batches(joined, pixels, device, label="encoding").cpu()
     parts = values.split([shape.numel() for shape in shapes.values()], dim=1)
     return {
         name: part.reshape(-1, *shape).contiguous().numpy()
